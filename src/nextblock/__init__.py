@@ -1,0 +1,51 @@
+"""nextblock: learn from images by predicting the next entity of a picture.
+
+One keyword-only function per job (`pretrain`, `knn`, `embed`, `reconstruct`, `demo`, `doctor`) and the
+building blocks. Names are imported when first used, so that `import nextblock` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Ordering": "nextblock.ordering",
+    "block_causal_mask": "nextblock.mask",
+    "teacher_forcing_mask": "nextblock.mask",
+    "XTRAConfig": "nextblock.xtra.config",
+    "XTRA": "nextblock.xtra.model",
+    "Encoder": "nextblock.xtra.model",
+    "load_official_xtra": "nextblock.checkpoints.official",
+}
+
+if TYPE_CHECKING:
+    from nextblock.checkpoints.official import load_official_xtra
+    from nextblock.mask import block_causal_mask, teacher_forcing_mask
+    from nextblock.ordering import Ordering
+    from nextblock.xtra.config import XTRAConfig
+    from nextblock.xtra.model import XTRA, Encoder
+
+__all__ = [
+    "XTRA",
+    "Encoder",
+    "Ordering",
+    "XTRAConfig",
+    "block_causal_mask",
+    "load_official_xtra",
+    "teacher_forcing_mask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nextblock' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,44 @@
+"""The errors a person can meet. Each message says what was given, what is accepted, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NextblockError(Exception):
+    """Base of every error raised on purpose; the shell prints its message without a traceback."""
+
+
+class ConfigError(NextblockError, ValueError):
+    """A value, key or combination of a configuration that cannot work."""
+
+
+class DataError(NextblockError):
+    """A data source that cannot be opened or used at all."""
+
+
+class SampleError(NextblockError):
+    """One image that cannot be decoded. `name` is the sample's name, `reason` one clause."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return type(self), (self.name, self.reason)
+
+
+class CheckpointError(NextblockError):
+    """Weights or a checkpoint that do not fit, are damaged, or are not there."""
+
+
+class RunError(NextblockError):
+    """A run that cannot start, go on, or be found."""
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string when nothing is close."""
+    match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""

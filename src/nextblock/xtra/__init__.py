@@ -1,0 +1,1 @@
+"""XTRA: pre-train a vision encoder by predicting the next cell."""
