@@ -19,7 +19,7 @@ section 3) adds subsamples and the whole image.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -55,12 +55,11 @@ def _check_fit(kind: str, grid: Pair, size: Pair) -> None:
     if not (grid[0] % size[0] or grid[1] % size[1]):
         return
     fits = [k for k in range(1, min(grid) + 1) if grid[0] % k == 0 and grid[1] % k == 0]
-    wanted = max(size)
-    close = sorted(sorted(fits, key=lambda k: abs(k - wanted))[:2])
-    sides = {n // k * k for n, k in zip(grid, size, strict=True)} | {-(-n // k) * k for n, k in zip(grid, size, strict=True)}
+    below, above = [k for k in fits if k < max(size)][-1:], [k for k in fits if k > max(size)][:1]
+    sides = {n // k * k + up for n, k in zip(grid, size, strict=True) for up in (0, k if n % k else 0)}
     raise ConfigError(
         f"{kind} of {size[0]}×{size[1]} do not fit a grid of {grid[0]}×{grid[1]} patches. "
-        f"Nearest sizes that fit this grid: {' and '.join(map(str, close))}; "
+        f"Nearest sizes that fit this grid: {' and '.join(map(str, below + above))}; "
         f"nearest grid sides for this size: {', '.join(map(str, sorted(sides - {0})))}."
     )
 
@@ -123,17 +122,16 @@ class Ordering:
         """The whole grid is one entity."""
         return cls.cells(grid, grid)
 
-    def permuted(self, ranks: Sequence[int]) -> Ordering:
+    def permuted(self, ranks: Iterable[int]) -> Ordering:
         """The same entities in another order: `ranks[e]` is the new place of entity e (as numbered here).
 
         Raises ConfigError unless `ranks` holds each of 0..num_entities-1 exactly once.
         """
-        if isinstance(ranks, Tensor):
-            ranks = ranks.tolist()
-        step = replace(self, ranks=tuple(int(r) for r in ranks))  # validates
+        ranks = tuple(int(rank) for rank in ranks)
+        step = replace(self, ranks=ranks)  # checks them
         if self.ranks is None:
             return step
-        return replace(self, ranks=tuple(int(ranks[place]) for place in self.ranks))
+        return replace(self, ranks=tuple(ranks[place] for place in self.ranks))
 
     @property
     def num_patches(self) -> int:

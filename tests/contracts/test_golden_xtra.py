@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from close import assert_close
 
 import nextblock as nb
+from close import assert_close
 from nextblock.checkpoints.official import our_name
 
 DATA = Path(__file__).parents[1] / "data"

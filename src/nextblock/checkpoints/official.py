@@ -82,8 +82,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"No such file: {path}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many types for a file that is not its own
-        raise CheckpointError(f"{path} is not a PyTorch weights file that can be read safely: {_first(error)}") from error
+    except Exception as error:
+        why = _first(error)
+        raise CheckpointError(f"{path} is not a PyTorch weights file that can be read safely: {why}") from error
     for wrapper in ("state_dict", "module"):
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
@@ -128,7 +129,7 @@ def load_official_xtra(path: str | Path, config: XTRAConfig) -> XTRA:
         try:
             tensor = change(tensor, config) if change else tensor
             fits = tensor.shape == expected[ours].shape
-        except Exception:  # noqa: BLE001 - einops refuses shapes that cannot be rearranged
+        except Exception:
             fits = False
         if not fits:
             misshaped.append(f"{name} {shape}, expected {tuple(expected[ours].shape)} as {ours}")

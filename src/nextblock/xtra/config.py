@@ -156,7 +156,8 @@ class XTRAConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(f"XTRAConfig has no field '{name}'.{nearest(name, known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> XTRAConfig:

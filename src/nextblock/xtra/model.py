@@ -56,6 +56,7 @@ class _OnGrid(nn.Module):
         super().__init__()
         self.config = config
         self.position = nn.Parameter(torch.empty(1, config.ordering.num_patches, width))  # raster order
+        self.mask: Tensor
         self.register_buffer("mask", block_causal_mask(config.ordering.entity), persistent=False)
 
     def positions(self, ordering: Ordering) -> Tensor:
@@ -65,7 +66,7 @@ class _OnGrid(nn.Module):
 
     def mask_for(self, ordering: Ordering, tokens: int) -> Tensor:
         """[tokens, tokens] bool for the first tokens of the sequence."""
-        mask: Tensor = self.mask
+        mask = self.mask
         if ordering.grid != self.config.grid or ordering.entity_size != self.config.ordering.entity_size:
             mask = block_causal_mask(ordering.entity.to(mask.device))
         return mask[:tokens, :tokens].contiguous()
@@ -145,7 +146,8 @@ class Encoder(_OnGrid):
         if uniforms is None and self.training and self.config.drop_path:
             uniforms = torch.rand(len(x), self.config.depth, 2, device=x.device)
         mask = None if bidirectional else self.mask_for(ordering, n)
-        yield from self.layers.outputs(x, mask, uniforms if self.training else None)
+        active = self.training and self.config.drop_path > 0
+        yield from self.layers.outputs(x, mask, uniforms if active else None)
 
 
 class Predictor(_OnGrid):
@@ -161,7 +163,8 @@ class Predictor(_OnGrid):
     def forward(self, x: Tensor, ordering: Ordering) -> Tensor:
         n = x.shape[1]
         x = x + self.positions(ordering)[:, :n]
-        return self.norm(self.layers(x, self.mask_for(ordering, n)))
+        out: Tensor = self.norm(self.layers(x, self.mask_for(ordering, n)))
+        return out
 
 
 class XTRA(nn.Module):
@@ -190,15 +193,14 @@ class XTRA(nn.Module):
         if not 0 <= head < len(self.heads):
             raise ConfigError(f"head must be between 0 and {len(self.heads) - 1}; got {head}.")
         x = self._predictor_outputs(images, ordering or self.encoder.ordering_for(images), drop_last=False)
-        return self.heads[head](x)
+        predicted: Tensor = self.heads[head](x)
+        return predicted
 
     def targets(self, images: Tensor, ordering: Ordering | None = None) -> Tensor:
         """The pixels of every cell, [B, K, C·(k·p)²], cells in order, before per-cell normalisation."""
         return entity_pixels(images, self.config.patch, ordering or self.encoder.ordering_for(images))
 
-    def loss(
-        self, images: Tensor, ordering: Ordering | None = None, uniforms: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, images: Tensor, ordering: Ordering | None = None, uniforms: Tensor | None = None) -> Tensor:
         """Next-cell regression, a scalar.
 
         Args:
@@ -232,7 +234,8 @@ class XTRA(nn.Module):
         """The predictor's tokens of each entity side by side: [B, E, entity size × W]."""
         *_, x = self.encoder.layer_outputs(images, ordering, drop_last=drop_last, uniforms=uniforms)
         x = self.predictor(self.projection(self.encoder.norm(x)), ordering)
-        return rearrange(x, "b (e k) d -> b e (k d)", k=ordering.entity_size)
+        joined: Tensor = rearrange(x, "b (e k) d -> b e (k d)", k=ordering.entity_size)
+        return joined
 
     def _check(self, ordering: Ordering) -> None:
         wanted = self.config.ordering.entity_size

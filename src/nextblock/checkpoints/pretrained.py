@@ -1,0 +1,96 @@
+"""Our own weights folder: config.json, model.safetensors, preprocessor_config.json and a README.md model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nextblock.errors import CheckpointError, ConfigError
+from nextblock.xtra.config import XTRAConfig
+from nextblock.xtra.model import XTRA
+
+MODEL_TYPE = "xtra"
+FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+
+
+def save_pretrained(folder: Path, model: XTRA, preprocessing: Mapping[str, Any], card: str) -> Path:
+    """Write the folder whole or not at all, in place of an older one.
+
+    Args:
+        folder: where; made new.
+        model: the whole model, encoder and predictor.
+        preprocessing: plain values that say how an image becomes the model's input.
+        card: the model card, Markdown.
+    """
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": MODEL_TYPE,
+        "config": model.config.to_dict(),
+        "sha256": _sha256(beside / "model.safetensors"),
+    }
+    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (beside / "preprocessor_config.json").write_text(json.dumps(dict(preprocessing), indent=2) + "\n")
+    (beside / "README.md").write_text(card)
+    for name in FILES:
+        with open(beside / name, "rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
+    return folder
+
+
+def load_pretrained(folder: Path) -> tuple[XTRA, dict[str, Any]]:
+    """The model and its preprocessing values, checked by hash and by name.
+
+    Raises CheckpointError when a file is missing, damaged, or holds other weights than config.json describes.
+    """
+    try:
+        about = json.loads((folder / "config.json").read_text())
+        preprocessing: dict[str, Any] = json.loads((folder / "preprocessor_config.json").read_text())
+        if about.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(f"{folder}/config.json is of a '{about.get('model_type')}' model, not of XTRA.")
+        if _sha256(folder / "model.safetensors") != about.get("sha256"):
+            raise CheckpointError(f"{folder}/model.safetensors is damaged: its SHA-256 is not that in config.json.")
+        model = XTRA(XTRAConfig.from_dict(about["config"]))
+        load_weights(model, load_file(folder / "model.safetensors"), str(folder))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a weights folder: {Path(error.filename).name} is missing.") from error
+    except (json.JSONDecodeError, SafetensorError, ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} cannot be read as a weights folder: {error}") from error
+    return model, preprocessing
+
+
+def load_weights(model: XTRA, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Strict: every tensor there, of the right shape, and no other. Raises CheckpointError with the lists."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)}, here {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    if missing or extra or shapes:
+        parts = (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in parts if names)
+        raise CheckpointError(f"The weights of {where} belong to another configuration. {told}")
+    model.load_state_dict(dict(tensors))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

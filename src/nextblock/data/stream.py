@@ -1,0 +1,148 @@
+"""The training stream: what is seen at a position is a pure function of (seed, position).
+
+It does not depend on the number of workers or processes, nor on where a run was stopped and resumed; the state
+of the stream is one number, the samples consumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from nextblock.data.augment import CROP_UNIFORMS, CropConfig, crop_box, random_resized_crop
+from nextblock.data.decode import decode
+from nextblock.data.preprocess import Preprocessing
+from nextblock.data.sources import Source
+from nextblock.errors import DataError, SampleError
+from nextblock.randomness import hashed, shuffled, uniforms
+
+ATTEMPTS = 100
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be read: its name, one clause why, and the position it was wanted for."""
+
+    name: str
+    reason: str
+    position: int
+
+
+@dataclass
+class Batch:
+    """B images on their way to the model.
+
+    images: uint8 [B, H, W, C]. labels: int64 [B], -1 where there is none. flip: bool [B], to be mirrored on the
+    device. positions: int64 [B], global sample positions (in evaluation, indices). indices: int64 [B], the
+    samples really used. bad: the samples that could not be.
+    """
+
+    images: Tensor
+    labels: Tensor
+    flip: Tensor
+    positions: Tensor
+    indices: Tensor
+    bad: list[BadSample]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory (torch's DataLoader calls this by its name)."""
+        return self._replace({name: value.pin_memory() for name, value in self._tensors().items()})
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on `device`; does not wait when the memory is pinned."""
+        return self._replace({k: v.to(device, non_blocking=True) for k, v in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in fields if isinstance(value, Tensor)}
+
+    def _replace(self, tensors: dict[str, Tensor]) -> Batch:
+        return Batch(**tensors, bad=self.bad)
+
+
+def locate(seed: int, positions: ArrayLike, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Epoch and sample index at each of the global `positions` [B]; both int64 [B].
+
+    An epoch is one permutation of all `length` samples, a different one each time.
+    """
+    if length < 1:
+        raise DataError("a source without images cannot be trained on")
+    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), length)
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = shuffled(seed, f"epoch{epoch}", length, places[here])
+    return epochs, indices
+
+
+class TrainingStream:
+    """Shuffled, cropped and mirrored samples of a source, for ever. Picklable when the source is."""
+
+    def __init__(self, source: Source, seed: int, crop: CropConfig, preprocessing: Preprocessing) -> None:
+        self.source = source
+        self.seed = seed
+        self.crop = crop
+        self.preprocessing = preprocessing
+
+    def load(self, positions: Sequence[int]) -> Batch:
+        """The samples at `positions` [B], in that order.
+
+        A broken image is replaced by another one, which depends on (seed, position, attempt) alone, and listed
+        in the batch's `bad`. Raises DataError when 100 in a row are broken, or when the storage fails.
+        """
+        where = np.asarray(positions, dtype=np.int64)
+        _, indices = locate(self.seed, where, len(self.source))
+        draws = uniforms(self.seed, "crop", where, CROP_UNIFORMS + 1)
+        shape = (len(where), *self.crop.size_px, self.preprocessing.channels)
+        images = np.empty(shape, dtype=np.uint8)
+        labels = np.full(len(where), -1, dtype=np.int64)
+        bad: list[BadSample] = []
+        for row, position in enumerate(where.tolist()):
+            pixels, label, indices[row] = self._sample(position, int(indices[row]), bad)
+            box = crop_box(pixels.shape[0], pixels.shape[1], self.crop, draws[row, :CROP_UNIFORMS])
+            images[row] = random_resized_crop(pixels, box, self.crop.size_px)
+            labels[row] = -1 if label is None else label
+        return Batch(
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(labels),
+            flip=torch.from_numpy(draws[:, CROP_UNIFORMS] < self.crop.flip),
+            positions=torch.from_numpy(where.copy()),
+            indices=torch.from_numpy(indices),
+            bad=bad,
+        )
+
+    def _sample(self, position: int, index: int, bad: list[BadSample]) -> tuple[NDArray[np.uint8], int | None, int]:
+        """Pixels [H, W, C], label and index of the first readable sample for `position`."""
+        for attempt in range(ATTEMPTS):
+            try:
+                pixels, label = load_sample(self.source, index, self.preprocessing)
+                return pixels, label, index
+            except SampleError as error:
+                last = error
+                bad.append(BadSample(error.name, error.reason, position))
+                draw = hashed(self.seed, f"replacement{attempt}", position)
+                index = int(draw % np.uint64(len(self.source)))
+        raise DataError(
+            f"{ATTEMPTS} samples in a row could not be read, the last one {last}. Are these images?"
+        ) from last
+
+
+def load_sample(source: Source, index: int, preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], int | None]:
+    """Pixels uint8 [H, W, C] and label of one sample. Raises SampleError when it is broken."""
+    sample = source[index]
+    pixels = decode(
+        sample.content,
+        source.name(index),
+        channels=preprocessing.channels,
+        exif_orientation=preprocessing.exif_orientation,
+    )
+    return pixels, sample.label

@@ -1,0 +1,56 @@
+"""What every figure shares: colours, writing the file, showing an image. No global state, no display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#222222",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
+FAINT = "#777777"
+
+
+def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
+    """Write the figure in the format its suffix says (.png, .svg, .pdf); the folder is made when needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=dpi, facecolor="white")
+    return path
+
+
+def show_image(axes: Axes, image: NDArray[np.uint8], title: str = "", **text: Any) -> None:
+    """Draw a uint8 image [H, W, C], square pixels, no ticks; other than 3 channels are drawn as their mean, gray.
+
+    Matplotlib's own choice of interpolation keeps the pixels of small images square and smooths large ones.
+    """
+    gray = image.shape[2] != 3
+    shown = image.mean(2) if gray else image
+    axes.imshow(shown, cmap="gray" if gray else None, vmin=0, vmax=255)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, **text)
+
+
+def outline(axes: Axes, mask: NDArray[np.bool_], colour: str, width_pt: float = 2.0) -> None:
+    """Draw a line around the True pixels [H, W], whatever their shape."""
+    framed = np.pad(mask, 1)
+    y, x = np.nonzero(framed[1:, 1:-1] != framed[:-1, 1:-1])
+    across = np.stack((np.stack((x, y), 1), np.stack((x + 1, y), 1)), 1)
+    y, x = np.nonzero(framed[1:-1, 1:] != framed[1:-1, :-1])
+    down = np.stack((np.stack((x, y), 1), np.stack((x, y + 1), 1)), 1)
+    lines = np.concatenate((across, down)) - 0.5  # [lines, 2 ends, (x, y)]
+    axes.add_collection(
+        LineCollection(list(lines), colors=colour, linewidths=width_pt, capstyle="projecting", clip_on=False)
+    )

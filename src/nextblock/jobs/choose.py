@@ -1,0 +1,90 @@
+"""What to train when nobody said: sizes, batch and length from the images and the device.
+
+All of it is ours, meant as a sound first run, and told in a few lines before training starts.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from nextblock.data.sources import Source
+from nextblock.errors import SampleError
+
+# side of the training image in px -> (patch px, patches along a cell); every one has 16 or more cells
+GEOMETRY = {32: (4, 2), 48: (6, 2), 64: (8, 2), 96: (12, 2), 128: (16, 2), 192: (16, 3), 256: (16, 4)}
+CPU_LARGEST_PX = 128
+CPU_IMAGES = 600_000  # seen in a run: about an hour for the small model on two cores
+GPU_IMAGES = 100_000_000
+PROBED = 64
+
+
+@dataclass
+class Choice:
+    """`values` are recipe sections; `reasons` are the lines to print."""
+
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    def take(self, section: str, reason: str, **values: Any) -> None:
+        self.values.setdefault(section, {}).update(values)
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        self.reasons.append(f"  {section}: {shown} ({reason})")
+
+
+def choose(source: Source, device: str) -> Choice:
+    """Pick the model, crop size, batch and length for these images on this device ("cpu" or "cuda")."""
+    choice, images = Choice(), len(source)
+    side, channels = typical_image(source)
+    largest = CPU_LARGEST_PX if device == "cpu" else max(GEOMETRY)
+    size = max([s for s in GEOMETRY if s <= min(side, largest)], default=min(GEOMETRY))
+    patch, cell = GEOMETRY[size]
+    why = f"the images' shorter side is about {side} px"
+    why += f"; on a CPU at most {CPU_LARGEST_PX}" if size == largest == CPU_LARGEST_PX < side else ""
+    choice.take("model", why, image_size_px=size, patch_size_px=patch, cell_size=cell)
+    if channels != 3:
+        choice.take("model", "the images are gray", channels=channels)
+    if device == "cpu":
+        sizes = {"width": 192, "depth": 6, "num_heads": 3, "predictor_width": 128, "predictor_depth": 2}
+        choice.take("model", "small enough for a CPU", **sizes)
+        batch, budget = 128, CPU_IMAGES
+    else:
+        name, width, heads = (
+            ("ti", 192, 3) if images < 50_000 else ("s", 384, 6) if images < 500_000 else ("b", 768, 12)
+        )
+        choice.take("model", f"ViT-{name.upper()} for {images:,} images", width=width, depth=12, num_heads=heads)
+        batch, budget = (2048 if images >= 500_000 else 512), GPU_IMAGES
+    batch = max(8, min(batch, 2 ** int(np.log2(max(8, images // 4)))))
+    epochs = round(min(800.0, max(1.0, budget / images)), 1)
+    choice.take("training", f"{images:,} images", batch_size=batch)
+    choice.take(
+        "training", f"about {epochs * images:,.0f} images seen", epochs=epochs, warmup_epochs=round(epochs / 20, 2)
+    )
+    if size <= 64:
+        choice.take("data", "small images are not cropped when evaluated", resize_px=size)
+    return choice
+
+
+def typical_image(source: Source) -> tuple[int, int]:
+    """(median shorter side in px, channels) of up to 64 images spread over the source; (256, 3) if none opens."""
+    sides, gray = [], []
+    for index in np.linspace(0, len(source) - 1, min(PROBED, len(source)), dtype=int).tolist():
+        try:
+            found = _measure(source[index].content)
+        except (SampleError, UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue  # the stream reports broken images; here they only do not count
+        sides.append(found[0])
+        gray.append(found[1])
+    return (int(np.median(sides)), 1 if all(gray) else 3) if sides else (256, 3)
+
+
+def _measure(content: Any) -> tuple[int, bool]:
+    """(shorter side in px, is gray) from the header alone."""
+    if isinstance(content, np.ndarray):
+        return min(content.shape[:2]), content.ndim == 2 or content.shape[2] == 1
+    image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
+    return min(image.size), image.mode in ("L", "1", "I;16", "LA")

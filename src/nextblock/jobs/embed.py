@@ -1,0 +1,185 @@
+"""Features of images, to a file or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from nextblock.data.batch import BadSample
+from nextblock.data.loading import default_workers, evaluation_batches
+from nextblock.data.sources import Source, open_source
+from nextblock.errors import ConfigError, DataError, RunError
+from nextblock.evaluation.features import FeatureBatch, FeatureConfig, extract_batches
+from nextblock.jobs.opening import open_model
+
+SUFFIXES = (".parquet", ".npz")
+
+
+@dataclass
+class Embedded:
+    """names: one per image. features: float32 [M, D], or [M, N, D] when not pooled. bad: left out, with reasons."""
+
+    names: list[str]
+    features: NDArray[np.float32]
+    bad: list[BadSample]
+
+
+def embed(
+    *,
+    run: str | Path,
+    images: Any,
+    out: str | Path | None = None,
+    last_layers: int = 1,
+    pool: bool = True,
+    final_norm: bool = False,
+    bidirectional: bool = False,
+    split: str = "train",
+    batch_size: int = 64,
+    workers: int = -1,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Embedded | Path:
+    """Compute the features of images with a pre-trained encoder.
+
+    Args:
+        run: a run folder, or a folder of exported weights.
+        images: image files and folders, Parquet files or hf:NAME; in Python any source of images.
+        out: a new .parquet (columns name, features) or .npz file (arrays names, features); without it the
+            features are returned.
+        last_layers: mean over the outputs of so many last layers.
+        pool: mean over the tokens of an image: one vector each; else a vector for every patch, raster order.
+        final_norm: the tokens after the encoder's final norm instead.
+        bidirectional: let all tokens see each other; by default the encoder keeps its block-causal mask.
+        split: which split, where the source has several.
+        batch_size: images per forward pass.
+        workers: loading processes; -1 = chosen from the cores.
+        device: "auto", "cpu" or "cuda".
+        quiet: print nothing.
+
+    Raises ConfigError, DataError, RunError or CheckpointError; broken images are left out and told.
+    """
+    console = Console(quiet=quiet)
+    target = None if out is None else _new_file(Path(out))
+    opened = open_model(run, device)
+    source = open_source(_one_or_many(images), split=split)
+    config = FeatureConfig(last_layers=last_layers, pool=pool, bidirectional=bidirectional, final_norm=final_norm)
+    loaders = default_workers() if workers < 0 else workers
+    batches = evaluation_batches(source, opened.preprocessing, batch_size=batch_size, workers=loaders)
+    steps = -(-len(source) // batch_size)
+    shown = track(
+        extract_batches(opened.model.encoder, batches, opened.preprocessing, config),
+        total=steps, description="embedding", console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    if target is not None and target.suffix == ".parquet":
+        bad, count = _write_parquet(target, shown, source)
+    else:
+        made = _collect(shown, source)
+        bad, count = made.bad, len(made.names)
+        if target is None:
+            _tell_bad(console, bad)
+            return made
+        _write_npz(target, made)
+    _tell_bad(console, bad)
+    console.print(f"{count:,} images embedded: {target}", highlight=False, soft_wrap=True)
+    return target
+
+
+def _one_or_many(images: Any) -> Any:
+    """A list with one string is that string: it may be a Parquet file, a folder or a hub name."""
+    return images[0] if isinstance(images, list) and len(images) == 1 else images
+
+
+def _new_file(path: Path) -> Path:
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"--out must end in {' or '.join(SUFFIXES)}; got {path.name}.")
+    if path.exists():
+        raise RunError(f"{path} exists already and is not overwritten. Choose another --out.")
+    if not path.parent.is_dir():
+        raise RunError(f"The folder {path.parent} does not exist. Make it, or choose another --out.")
+    return path
+
+
+def _collect(batches: Iterator[FeatureBatch] | Any, source: Source) -> Embedded:
+    names: list[str] = []
+    values: list[NDArray[np.float32]] = []
+    bad: list[BadSample] = []
+    for batch in batches:
+        names += [source.name(int(i)) for i in batch.indices]
+        values.append(batch.values)
+        bad += batch.bad
+    _require_some(names, bad)
+    return Embedded(names, np.concatenate(values), bad)
+
+
+def _require_some(names: list[str] | int, bad: list[BadSample]) -> None:
+    if not names:
+        raise DataError(f"none of the {len(bad)} images can be decoded; the first: {bad[0].name}: {bad[0].reason}.")
+
+
+def _write_npz(target: Path, made: Embedded) -> None:
+    beside = target.with_name(f".{target.name}.partial")
+    with _told(target), open(beside, "wb") as file:
+        np.savez(file, names=np.array(made.names), features=made.features)
+    beside.rename(target)
+
+
+def _write_parquet(target: Path, batches: Any, source: Source) -> tuple[list[BadSample], int]:
+    """One row group per batch, so that memory stays that of one batch."""
+    beside = target.with_name(f".{target.name}.partial")
+    bad: list[BadSample] = []
+    writer, count = None, 0
+    try:
+        with _told(target):
+            for batch in batches:
+                bad += batch.bad
+                if not len(batch.indices):
+                    continue
+                names = pa.array([source.name(int(i)) for i in batch.indices])
+                table = pa.table({"name": names, "features": _nested(batch.values)})
+                writer = writer or pq.ParquetWriter(beside, table.schema)
+                writer.write_table(table)
+                count += len(names)
+        _require_some(count, bad)
+    finally:
+        if writer:
+            writer.close()
+    beside.rename(target)
+    return bad, count
+
+
+def _nested(values: NDArray[np.float32]) -> pa.Array:
+    """[M, D] -> M fixed-size lists; [M, N, D] -> M lists of N lists."""
+    array = pa.array(values.reshape(-1))
+    for size in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return array
+
+
+class _told:
+    """Turns what the file system refuses into a RunError."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {self.target}: {error.strerror or error}. Choose another --out.") from error
+
+
+def _tell_bad(console: Console, bad: list[BadSample]) -> None:
+    for sample in bad[:5]:
+        console.print(f"left out: {sample.name}: {sample.reason}", highlight=False, markup=False)
+    if len(bad) > 5:
+        console.print(f"left out: {len(bad) - 5} more", highlight=False)

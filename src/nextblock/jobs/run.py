@@ -1,0 +1,216 @@
+"""One pre-training run: its configured parts, put together and trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from torch import Tensor, nn
+
+from nextblock.checkpoints.pretrained import save_pretrained
+from nextblock.data.batch import Batch
+from nextblock.data.loading import default_workers, training_batches
+from nextblock.data.preprocess import normalize
+from nextblock.data.sources import Source, explain_change, fingerprint, open_source, write_manifest
+from nextblock.data.stream import TrainingStream
+from nextblock.errors import ConfigError, RunError
+from nextblock.jobs.card import model_card
+from nextblock.jobs.opening import pick_device
+from nextblock.jobs.watch import Watch
+from nextblock.layers.transformer import TransformerLayer
+from nextblock.randomness import hashed, key, uniforms
+from nextblock.recipes.config import PretrainConfig, to_yaml
+from nextblock.training.loop import Intervals, Loss, Meters, train
+from nextblock.training.optimizer import make_optimizer
+from nextblock.training.plan import Plan
+from nextblock.training.progress import TrainingProgress
+from nextblock.training.run_folder import RunFolder, environment, to_json, write_text
+from nextblock.training.signals import StopRequest
+from nextblock.xtra.model import XTRA
+
+
+@dataclass
+class Pretrained:
+    """What a run left: its folder, the steps done, whether it was stopped by a signal (its number, or 0)."""
+
+    folder: Path
+    steps: int
+    finished: bool
+    signal: int = 0
+
+
+class Run:
+    """One run: the configured parts, put together."""
+
+    def __init__(
+        self, config: PretrainConfig, folder: Path, fabric: Fabric, objects: dict[str, Any], console: Console
+    ) -> None:
+        self.config, self.folder, self.fabric, self.console = config, folder, fabric, console
+        self.source = open_train(config, objects)
+        self.val = open_val(config, objects)
+        self.preprocessing = config.data.preprocessing(config.model)
+        self.plan = Plan(len(self.source), config.training, fabric.global_rank, fabric.world_size)
+        torch.manual_seed(key(config.training.seed, "initial weights") >> 1)
+        self.model = XTRA(config.model)
+
+    def say(self, message: str) -> None:
+        if self.fabric.is_global_zero:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def write_record(self) -> None:
+        """The files that say what this run is."""
+        command = "nextblock " + shlex.join(sys.argv[1:])
+        header = f"A run of nextblock, started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{command}"
+        write_text(self.folder / "config.yaml", to_yaml(self.config, header))
+        about = environment(self.config.training.seed, self.fabric.device.type)
+        about["data"] = {"description": self.source.description, **dataclasses.asdict(fingerprint(self.source))}
+        write_text(self.folder / "environment.json", to_json(about))
+        write_manifest(self.source, self.folder / "data_manifest.txt.gz")
+
+    def check_data(self) -> None:
+        """Raise RunError when the data are not those that the run was started on."""
+        stored = json.loads((self.folder / "environment.json").read_text())["data"]
+        if stored["sha256"] != fingerprint(self.source).sha256:
+            what = explain_change(self.folder / "data_manifest.txt.gz", self.source)
+            raise RunError(
+                f"The training data are not those that {self.folder} was started on: {what}. Bring them back, or start "
+                f"a new run (--init-from {self.folder} takes its weights)."
+            )
+
+    def train(self, state: dict[str, Any] | None = None) -> Pretrained:
+        config, fabric, plan = self.config, self.fabric, self.plan
+        start = 0 if state is None else int(state["step"])
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+        if config.training.compile:
+            compile_layers(self.model)
+        model = fabric.setup_module(self.model)
+        optimizer: Any = fabric.setup_optimizers(make_optimizer(self.model, config.training))
+        meters = Meters.zeros(fabric.device)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            meters.load(state["meters"])
+        watch = self._watch()
+        quiet = self.console.quiet or not fabric.is_global_zero
+        progress = TrainingProgress(plan.total_steps, done=start, quiet=quiet, console=self.console)
+        recorder = RunFolder(
+            self.folder, images=len(self.source), max_bad_fraction=config.data.max_bad_fraction, progress=progress,
+            keep_checkpoints=config.training.keep_checkpoints, start_step=start, rank=fabric.global_rank,
+        )  # fmt: skip
+        with StopRequest() as stop, progress:
+            batches = self._batches(start)
+            done = train(
+                fabric, model, optimizer, batches, self._loss(), plan, self._intervals(), recorder,
+                start_step=start, meters=meters, evaluate=watch, stop_asked=stop,
+            )  # fmt: skip
+        if done < plan.total_steps:
+            self.say(f"stopped after step {done} of {plan.total_steps}; everything is saved. Continue with:")
+            self.say(f"  nextblock pretrain --resume {self.folder}")
+            return Pretrained(self.folder, done, finished=False, signal=stop.received)
+        self.finish(watch)
+        return Pretrained(self.folder, done, finished=True)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        config = self.config
+        stream = TrainingStream(self.source, config.training.seed, config.data.crop(config.model), self.preprocessing)
+        workers = default_workers() if config.data.workers < 0 else config.data.workers
+        pin = self.fabric.device.type == "cuda"
+        return training_batches(stream, self.plan.batches(start), workers=workers, pin_memory=pin)
+
+    def _loss(self) -> Loss:
+        """The loss of a batch, with drop path drawn from (seed, position) and the order from (seed, step)."""
+        config, preprocessing, seed = self.config.model, self.preprocessing, self.config.training.seed
+        orderings = self.model.orderings
+
+        def loss_of(model: nn.Module, batch: Batch, step: int) -> Tensor:
+            images = normalize(batch.images, batch.flip, preprocessing)
+            drawn = None
+            if config.drop_path:
+                numbers = uniforms(seed, "drop path", batch.positions.numpy(), 2 * config.depth)
+                drawn = torch.from_numpy(numbers).float().view(-1, config.depth, 2)
+                drawn = drawn.to(images.device, non_blocking=True)
+            ordering = orderings[int(hashed(seed, "order", step)) % len(orderings)]
+            loss: Tensor = model(images, ordering, drawn)
+            return loss
+
+        return loss_of
+
+    def _intervals(self) -> Intervals:
+        training, plan = self.config.training, self.plan
+        every = self.config.watch.every_epochs
+        looks = round(every * plan.steps_per_epoch) if every else plan.total_steps // 10
+        return Intervals(
+            log=plan.log_every,
+            evaluate=max(1, looks),
+            checkpoint=training.checkpoint_every_steps,
+            checkpoint_minutes=training.checkpoint_every_minutes,
+        )
+
+    def _watch(self) -> Watch | None:
+        if not self.fabric.is_global_zero:
+            return None
+        return Watch(
+            self.model, self.preprocessing, self.config.watch, self.source, self.val, self.folder,
+            self.config.training.seed,
+        )  # fmt: skip
+
+    def finish(self, watch: Watch | None = None) -> None:
+        """Export the weights and draw the curves."""
+        if not self.fabric.is_global_zero:
+            return
+        card = model_card(self.config, self.folder, self.source.description)
+        save_pretrained(self.folder / "exported", self.model, self.preprocessing.to_dict(), card)
+        if watch:
+            watch.draw_curves()
+        self.say(f"run folder: {self.folder}")
+        self.say(f"weights:    {self.folder / 'exported'}")
+        self.say(f"pictures:   {self.folder / 'figures'}")
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each transformer layer in place: one compilation serves all layers of the same sizes."""
+    for module in model.modules():
+        if isinstance(module, TransformerLayer):
+            module.compile()
+
+
+def open_train(config: PretrainConfig, objects: Mapping[str, Any]) -> Source:
+    data = config.data
+    spec = objects.get("train", data.train)
+    if spec is None:
+        raise ConfigError("No images to train on. Give a folder, Parquet files or hf:NAME with --data.train .")
+    return open_source(spec, split=data.train_split, image_column=data.image_column, label_column=data.label_column)
+
+
+def open_val(config: PretrainConfig, objects: Mapping[str, Any]) -> Source | None:
+    data = config.data
+    spec = objects.get("val", data.val)
+    if spec is None:
+        return None
+    return open_source(spec, split=data.val_split, image_column=data.image_column, label_column=data.label_column)
+
+
+def launch(config: PretrainConfig) -> Fabric:
+    training = config.training
+    device = pick_device(training.device)
+    precision = training.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    fabric = Fabric(
+        accelerator=device,
+        devices=training.devices or (torch.cuda.device_count() if device == "cuda" else 1),
+        num_nodes=training.nodes,
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric

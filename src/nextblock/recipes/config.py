@@ -1,0 +1,229 @@
+"""The sections of a recipe, and how recipe, preset and overrides become one typed configuration."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nextblock.data.augment import CropConfig
+from nextblock.data.preprocess import Preprocessing
+from nextblock.errors import ConfigError, nearest
+from nextblock.training.config import TrainingConfig
+from nextblock.xtra.config import PRESETS, XTRAConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they become crops.
+
+    Attributes:
+        train: a folder of images, Parquet file(s), `hf:NAME` (a Hugging Face data set); in Python also arrays
+            or any object with `__len__` and `__getitem__`.
+        val: labelled images to watch the training with, given in the same ways; optional.
+        train_split, val_split: which split, where a source has several.
+        image_column, label_column: of tables; labels are taken from "label" when it is there.
+        crop_scale: share of the image's area that a training crop covers, (least, most).
+        crop_ratio: width / height of a training crop, (least, most).
+        flip: probability of a horizontal flip.
+        resize_px: shorter side before the centre crop of evaluation; 0 = 8/7 of the image size.
+        mean, std: per channel, of pixels in 0..1; ImageNet's when left out.
+        exif_orientation: turn images as their EXIF orientation says.
+        workers: loading processes; -1 = chosen from the cores.
+        max_bad_fraction: a run stops when more than max(10, this fraction) distinct images are broken.
+    """
+
+    train: str | None = None
+    val: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    image_column: str = "image"
+    label_column: str | None = None
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.5)
+    flip: float = 0.5
+    resize_px: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    exif_orientation: bool = True
+    workers: int = -1
+    max_bad_fraction: float = 0.001
+
+    def preprocessing(self, model: XTRAConfig) -> Preprocessing:
+        """How an image becomes an input of this model."""
+        return Preprocessing(
+            size_px=model.image,
+            resize_px=self.resize_px or None,
+            channels=model.channels,
+            exif_orientation=self.exif_orientation,
+            **{name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None},
+        )
+
+    def crop(self, model: XTRAConfig) -> CropConfig:
+        return CropConfig(size_px=model.image, scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip)
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What is looked at while a run trains.
+
+    Attributes:
+        every_epochs: between two looks; 0 = ten times in the run. There is always one at the end.
+        knn_k: neighbours of the kNN vote.
+        max_images: most images in the kNN bank, and most queries.
+        pictures: reconstructions in the contact sheet; 0 = none.
+    """
+
+    every_epochs: float = 0.0
+    knn_k: int = 20
+    max_images: int = 5000
+    pictures: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("every_epochs", "pictures"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"watch.{name} must be 0 or more; got {getattr(self, name)!r}.")
+        for name in ("knn_k", "max_images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"watch.{name} must be at least 1; got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A complete pre-training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: XTRAConfig = field(default_factory=XTRAConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "model": XTRAConfig,
+    "training": TrainingConfig,
+    "watch": WatchConfig,
+}
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes."""
+    files = resources.files("nextblock.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def read_recipe(name_or_file: str | Path) -> dict[str, Any]:
+    """The sections of a packaged recipe or of a YAML file.
+
+    Raises ConfigError when there is no such recipe (the nearest is named) or the file is not a recipe.
+    """
+    text = _recipe_text(name_or_file)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name_or_file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise ConfigError(f"{name_or_file} is not a recipe: it must hold the sections {', '.join(SECTIONS)}.")
+    check_keys(values, f"recipe {name_or_file}")
+    return values
+
+
+def _recipe_text(name_or_file: str | Path) -> str:
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise ConfigError(f"cannot read the recipe {path}: {reason}.") from error
+    names = recipe_names()
+    if str(name_or_file) not in names:
+        hint = nearest(str(name_or_file), names)
+        raise ConfigError(f"No recipe '{name_or_file}' and no such file.{hint} Recipes: {', '.join(names)}.")
+    return (resources.files("nextblock.recipes") / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+
+
+def check_keys(values: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for a section or key that does not exist, naming the nearest one."""
+    for section, content in values.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"{where}: there is no section '{section}'.{nearest(section, SECTIONS)}")
+        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        for name in content:
+            if name not in known:
+                everywhere = {f"{s}.{f.name}" for s, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
+                hint = nearest(name, known) or _elsewhere(name, everywhere)
+                raise ConfigError(f"{where}: there is no key '{section}.{name}'.{hint}")
+
+
+def _elsewhere(name: str, keys: set[str]) -> str:
+    found = [key for key in sorted(keys) if key.split(".")[1] == name]
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections merged key by key; a later layer wins."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, content in layer.items():
+            merged.setdefault(section, {}).update(copy.copy(content))
+    return merged
+
+
+def preset_layer(preset: str | None) -> dict[str, Any]:
+    """The model section of a preset. Raises ConfigError for an unknown name."""
+    if preset is None:
+        return {}
+    if preset not in PRESETS:
+        raise ConfigError(f"No preset '{preset}'.{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}.")
+    return {"model": dict(PRESETS[preset])}
+
+
+def typed(values: Mapping[str, Any]) -> PretrainConfig:
+    """Plain sections as the dataclasses, with types checked. Raises ConfigError in one sentence."""
+    from jsonargparse import ArgumentParser
+
+    check_keys(values, "configuration")
+    parser = ArgumentParser(exit_on_error=False)
+    for section, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, section)
+    try:
+        made = parser.instantiate(parser.parse_object(copy.deepcopy(dict(values))))
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse wraps what a field refuses in several types
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(str(cause) if cause else " ".join(str(error).split())) from error
+    return PretrainConfig(**{section: getattr(made, section) for section in SECTIONS})
+
+
+def to_values(config: PretrainConfig) -> dict[str, Any]:
+    """The sections as plain values; the inverse of `typed`."""
+
+    def plain(value: Any) -> Any:
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    sections = dataclasses.asdict(config)
+    return {section: {k: plain(v) for k, v in content.items()} for section, content in sections.items()}
+
+
+def to_yaml(config: PretrainConfig, header: str = "") -> str:
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    return comment + yaml.safe_dump(to_values(config), sort_keys=False)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) for each key of two complete configurations that differs."""
+    for section in SECTIONS:
+        before, after = old.get(section, {}), new.get(section, {})
+        for name in {**before, **after}:
+            if before.get(name) != after.get(name):
+                yield f"{section}.{name}", before.get(name), after.get(name)

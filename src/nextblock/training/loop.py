@@ -1,0 +1,231 @@
+"""The one training loop. Everything that is promised about a run happens here, in order:
+
+step -> skip if not finite -> log -> evaluate -> checkpoint -> stop.
+
+The loop never waits for the device except when it logs. Nothing in it reads a generator with a history: the
+global one is set from (seed, step), so the same step draws the same numbers after any restart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
+from torch import Tensor, nn
+
+from nextblock.data.stream import BadSample, Batch
+from nextblock.errors import RunError
+from nextblock.randomness import key
+from nextblock.training.optimizer import clipped_step, gradient_norm, set_lr
+from nextblock.training.plan import Plan
+
+Loss = Callable[[nn.Module, Batch, int], Tensor]
+Evaluate = Callable[[int], dict[str, float]]
+
+
+class Recorder(Protocol):
+    """Where a run's numbers and checkpoints go; see `run_folder.RunFolder`."""
+
+    def step(self, done: int) -> None: ...
+    def log(self, row: dict[str, float]) -> None: ...
+    def save(self, step: int, state: dict[str, Any]) -> None: ...
+    def add_bad_samples(self, bad: list[BadSample]) -> None: ...
+
+
+@dataclass
+class Meters:
+    """Sums since the last log and counts since the start, kept on the device and saved with the run."""
+
+    loss: Tensor
+    steps: Tensor
+    norm: Tensor
+    skipped: Tensor
+    streak: Tensor
+    longest: Tensor
+    last_skipped: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> Meters:
+        whole = {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("steps", "skipped")}
+        counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("streak", "longest")}
+        sums = {name: torch.zeros((), dtype=torch.float32, device=device) for name in ("loss", "norm")}
+        return cls(**whole, **counts, **sums, last_skipped=torch.full((), -1, device=device))
+
+    def update(self, step: int, loss: Tensor, norm: Tensor, good: Tensor) -> None:
+        zero = torch.zeros_like(self.loss)
+        self.loss += torch.where(good, loss.float(), zero)
+        self.norm += torch.where(good, norm.float(), zero)
+        self.steps += good
+        self.skipped += ~good
+        self.streak = torch.where(good, 0, self.streak + 1)
+        self.longest = torch.maximum(self.longest, self.streak)
+        self.last_skipped = torch.where(good, self.last_skipped, step)
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading (waits for the device), and start the next window."""
+        steps = max(1, int(self.steps))
+        row = {"loss": float(self.loss) / steps, "grad_norm": float(self.norm) / steps}
+        if not int(self.steps):
+            row = dict.fromkeys(row, float("nan"))
+        for total in (self.loss, self.norm, self.steps):
+            total.zero_()
+        return row | {"skipped": float(self.skipped)}
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.cpu().clone() for name, value in vars(self).items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(self.loss.device))
+
+
+@dataclass
+class Intervals:
+    """When the loop looks up from stepping. Steps are counted from 1; 0 = never."""
+
+    log: int
+    evaluate: int = 0
+    checkpoint: int = 0
+    checkpoint_minutes: float = 0.0
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def checkpoint_due(self, done: int, logging: bool, fabric: Fabric) -> bool:
+        if self.checkpoint and done % self.checkpoint == 0:
+            return True
+        if not (logging and self.checkpoint_minutes):
+            return False
+        late = time.monotonic() - self.saved_at >= self.checkpoint_minutes * 60
+        return bool(fabric.broadcast(late)) if fabric.world_size > 1 else late
+
+
+def train(
+    fabric: Fabric,
+    model: _FabricModule,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    loss_of: Loss,
+    plan: Plan,
+    intervals: Intervals,
+    recorder: Recorder,
+    *,
+    start_step: int = 0,
+    meters: Meters | None = None,
+    evaluate: Evaluate | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> int:
+    """Train from `start_step` to the end of the plan, or until a stop is asked for; return the steps done.
+
+    Args:
+        fabric: launched; `model` and `optimizer` are set up by it.
+        batches: this process's forward passes from `start_step` on, as `plan.batches(start_step)` lists them.
+        loss_of: (model, batch on the device, step) -> mean loss over the batch's images, a scalar.
+        evaluate: called with the steps done, between steps, in eval mode; returns columns to log.
+
+    Raises RunError after too many steps in a row without a finite loss and gradient.
+    """
+    meters = meters or Meters.zeros(fabric.device)
+    model.train()
+    since, images = time.monotonic(), 0
+    for step in range(start_step, plan.total_steps):
+        torch.manual_seed(key(plan.config.seed, f"step{step}/rank{plan.rank}") >> 1)
+        set_lr(optimizer, plan.lr(step))
+        loss = _accumulate(fabric, model, batches, loss_of, plan, step, recorder)
+        norm = gradient_norm(model)
+        good = _agreed(fabric, torch.isfinite(norm) & torch.isfinite(loss))
+        clipped_step(optimizer, norm, good, plan.config.clip_grad_norm)
+        optimizer.zero_grad(set_to_none=True)
+        meters.update(step, loss, norm, good)
+
+        done, images = step + 1, images + plan.config.batch_size
+        recorder.step(done)
+        last = done == plan.total_steps
+        logging = last or done % intervals.log == 0
+        stopping = (logging or fabric.world_size == 1) and _any(fabric, stop_asked())
+        row: dict[str, float] = {}
+        if logging:
+            row = meters.read()
+            _guard(meters, plan)
+            now = time.monotonic()
+            row |= {"lr": plan.lr(step), "images_per_s": images / max(now - since, 1e-9)}
+            since, images = now, 0
+        if evaluate and (last or (intervals.evaluate and done % intervals.evaluate == 0)):
+            model.eval()
+            row |= evaluate(done)
+            model.train()
+            since, images = time.monotonic(), 0
+        if row:
+            recorder.log({"step": done, "samples": done * plan.config.batch_size, "epoch": plan.epoch(done)} | row)
+        if last or stopping or intervals.checkpoint_due(done, logging, fabric):
+            recorder.save(done, _state(model, optimizer, meters, plan, done))
+            intervals.saved_at = time.monotonic()
+        if stopping:
+            return done
+    return plan.total_steps
+
+
+def _accumulate(
+    fabric: Fabric, model: _FabricModule, batches: Iterator[Batch], loss_of: Loss, plan: Plan, step: int, recorder: Recorder
+) -> Tensor:
+    """Backward over the step's forward passes; the mean loss of the global batch as this process sees it."""
+    passes = plan.micro_batches(step)
+    total = torch.zeros((), device=fabric.device)
+    for i, positions in enumerate(passes):
+        batch = next(batches)
+        if batch.bad:
+            recorder.add_bad_samples(batch.bad)
+        batch = batch.to(fabric.device)
+        with fabric.no_backward_sync(model, enabled=fabric.world_size > 1 and i < len(passes) - 1):
+            with fabric.autocast():
+                loss = loss_of(model, batch, step)
+            # Processes are averaged by DDP: weighting by images keeps the loss that of the whole batch.
+            loss = loss * (len(positions) * plan.world / plan.config.batch_size)
+            fabric.backward(loss)
+        total += loss.detach()
+    return _reduced(fabric, total)
+
+
+def _reduced(fabric: Fabric, value: Tensor) -> Tensor:
+    """The mean over the processes."""
+    if fabric.world_size == 1:
+        return value
+    mean = fabric.all_reduce(value, reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    return mean
+
+
+def _agreed(fabric: Fabric, good: Tensor) -> Tensor:
+    """True when it is true on every process."""
+    return good if fabric.world_size == 1 else _reduced(fabric, good.float()) == 1.0
+
+
+def _any(fabric: Fabric, asked: bool) -> bool:
+    if fabric.world_size == 1:
+        return asked
+    return bool(_reduced(fabric, torch.tensor(float(asked), device=fabric.device)) > 0)
+
+
+def _guard(meters: Meters, plan: Plan) -> None:
+    if int(meters.longest) < plan.config.max_nonfinite_steps:
+        return
+    first = int(meters.last_skipped) * plan.config.batch_size
+    raise RunError(
+        f"The loss or its gradient was not finite for {int(meters.longest)} steps in a row; the weights were left "
+        f"alone. Last such batch: step {int(meters.last_skipped)}, sample positions {first} to "
+        f"{first + plan.config.batch_size - 1}. Try a lower training.lr, or look at those images."
+    )
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, meters: Meters, plan: Plan, done: int) -> dict[str, Any]:
+    inner = getattr(model, "module", model)
+    return {
+        "model": inner.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "meters": meters.state(),
+        "step": done,
+        "samples": done * plan.config.batch_size,
+    }

@@ -1,0 +1,232 @@
+"""A run's folder: what it was asked, on what it ran, what it measured, what it saved.
+
+============================  =========================================================
+config.yaml                   the resolved configuration; also a recipe for `--config`
+environment.json              versions, commit, device, seed, command
+data_manifest.txt.gz          names and sizes of the training data, to notice a change
+metrics.csv, tensorboard/     one row per log
+checkpoints/                  what `--resume` continues from
+exported/                     the trained weights, to use
+figures/                      pictures made while training
+bad_samples.csv               images that could not be decoded and what was said of them
+============================  =========================================================
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from nextblock.data.stream import BadSample
+from nextblock.errors import DataError, RunError, nearest
+from nextblock.training.checkpoint import save_checkpoint
+from nextblock.training.progress import TrainingProgress
+
+COLUMNS = (
+    "step", "samples", "epoch", "loss", "lr", "grad_norm", "images_per_s", "skipped", "bad_samples",
+    "val_loss", "knn", "effective_rank",
+)  # fmt: skip
+_PACKAGES = ("nextblock", "torch", "lightning", "numpy", "pillow", "datasets", "safetensors", "scikit-learn")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: beside, flushed, renamed."""
+    beside = path.with_name(f".{path.name}.partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def environment(seed: int, device: str) -> dict[str, Any]:
+    """What a run ran on."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "packages": {package: installed(package) for package in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "seed": seed,
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the package's own checkout, when it is run from one."""
+    here = Path(__file__).resolve().parents[3]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def claim_folder(path: Path) -> None:
+    """Make a new, empty folder. Raises RunError when it holds something or cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise RunError(
+                f"{path} is not empty, and a run never overwrites. Continue it with --resume {path}, "
+                f"or choose another --out."
+            )
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The stored configuration of a run. Raises RunError when `path` is not a run folder."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        what = "holds no config.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
+        raise RunError(f"{path} {what}.{nearest(path.name, siblings)}")
+    values: dict[str, Any] = yaml.safe_load(file.read_text())
+    return values
+
+
+class RunFolder:
+    """Records a run (the loop's `Recorder`). Only the first process writes; bad samples are counted over all.
+
+    Args:
+        path: the run's folder, made by `claim_folder`.
+        images: images in the data, for the limit on broken ones.
+        max_bad_fraction: the run stops when more than max(10, this fraction) distinct images are broken.
+        progress: where a person sees the numbers.
+        keep_checkpoints: of the newest.
+        start_step: rows after this step are dropped from metrics.csv (they will be made again).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        images: int,
+        max_bad_fraction: float,
+        progress: TrainingProgress,
+        keep_checkpoints: int = 2,
+        start_step: int = 0,
+        rank: int = 0,
+    ) -> None:
+        self.path, self.progress, self.rank = path, progress, rank
+        self.keep_checkpoints = keep_checkpoints
+        self.max_bad = max(10, int(max_bad_fraction * images))
+        self.bad = dict.fromkeys(_column(path / "bad_samples.csv", "name"))
+        self._unwritten: list[BadSample] = []
+        self._tensorboard: Any = None
+        if rank == 0:
+            self._start_metrics(start_step)
+            self._tensorboard = _tensorboard(path / "tensorboard", start_step)
+
+    def step(self, done: int) -> None:
+        self.progress.step(done)
+
+    def log(self, row: dict[str, float]) -> None:
+        self._share_bad_samples()
+        row = row | {"bad_samples": float(len(self.bad))}
+        if self.rank == 0:
+            with open(self.path / "metrics.csv", "a", newline="") as file:
+                csv.DictWriter(file, COLUMNS).writerow({k: repr(v) for k, v in row.items()})
+            if self._tensorboard:
+                for name, value in row.items():
+                    self._tensorboard.add_scalar(name, value, int(row["step"]))
+                self._tensorboard.flush()
+            self.progress.show(row)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        if self.rank == 0:
+            save_checkpoint(self.path / "checkpoints", step, state, self.keep_checkpoints)
+
+    def add_bad_samples(self, bad: list[BadSample]) -> None:
+        self._unwritten += [sample for sample in bad if sample.name not in self.bad]
+        if not dist.is_initialized():
+            self._share_bad_samples()
+
+    def _share_bad_samples(self) -> None:
+        found = self._unwritten
+        if dist.is_initialized():
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, found)
+            found = [sample for share in everyone for sample in share]
+        self._unwritten = []
+        fresh = {sample.name: sample for sample in found if sample.name not in self.bad}
+        if not fresh:
+            return
+        self.bad |= dict.fromkeys(fresh)
+        if self.rank == 0:
+            self._write_bad_samples(list(fresh.values()))
+        if len(self.bad) > self.max_bad:
+            raise DataError(
+                f"{len(self.bad)} images cannot be decoded, more than the {self.max_bad} allowed. They are listed in "
+                f"{self.path / 'bad_samples.csv'}. Mend or remove them, or raise data.max_bad_fraction."
+            )
+
+    def _write_bad_samples(self, samples: list[BadSample]) -> None:
+        file = self.path / "bad_samples.csv"
+        new = not file.exists()
+        with open(file, "a", newline="", encoding="utf-8") as out:
+            writer = csv.writer(out)
+            if new:
+                writer.writerow(("name", "reason", "position"))
+            writer.writerows(samples)
+        for sample in samples:
+            self.progress.note(f"broken image, replaced: {sample.name}: {sample.reason}")
+
+    def _start_metrics(self, start_step: int) -> None:
+        file = self.path / "metrics.csv"
+        rows = read_metrics(file) if file.exists() else []
+        lines = [",".join(COLUMNS)]
+        lines += [",".join(row[c] for c in COLUMNS) for row in rows if int(row["step"]) <= start_step]
+        write_text(file, "\n".join(lines) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics.csv; a last line that was being written is left out."""
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    return [row for row in csv.DictReader(whole.splitlines()) if None not in row.values() and None not in row]
+
+
+def _column(file: Path, name: str) -> list[str]:
+    if not file.exists():
+        return []
+    with open(file, newline="", encoding="utf-8") as lines:
+        return [row[name] for row in csv.DictReader(lines) if row.get(name)]
+
+
+def _tensorboard(folder: Path, start_step: int) -> Any:
+    """A writer when the optional tensorboard package is there, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+def to_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
