@@ -182,7 +182,8 @@ def _context() -> Any:
 
 def _start_worker(_: int) -> None:
     # Control-C and a scheduler's warning go to every process of the group; the main process decides.
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+    # Workers end when it tells them to, or when it is gone.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)

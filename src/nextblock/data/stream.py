@@ -58,8 +58,12 @@ class Batch:
         return self._replace({name: value.pin_memory() for name, value in self._tensors().items()})
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy on `device`; does not wait when the memory is pinned."""
-        return self._replace({k: v.to(device, non_blocking=True) for k, v in self._tensors().items()})
+        """A copy with the pixels, flips and labels on `device`; does not wait when the memory is pinned.
+
+        Positions and indices stay: what is drawn from them is drawn on the host.
+        """
+        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("images", "labels", "flip")}
+        return dataclasses.replace(self, **moved)
 
     def _tensors(self) -> dict[str, Tensor]:
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from nextblock.errors import ConfigError
@@ -67,7 +68,7 @@ def draw_image(recs: Reconstructed, i: int, path: str | Path, name: str = "") ->
     tall = 12 / 3 * 0.8 * min(1.6, height / width)
     figure = Figure(figsize=(12, tall + down * (side_in + 0.3) + 2.6), layout="constrained")
     figure.suptitle(name, fontsize=13)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(tall + 0.8, down * (side_in + 0.3) + 0.7))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(tall + 0.8, down * (side_in + 0.3) + 0.7))[:, 0]
     _draw_whole(top, recs, i)
     _draw_steps(bottom, recs, i, steps, (down, across))
     figure.supxlabel(_caption(recs), fontsize=9, color=FAINT)
@@ -122,9 +123,9 @@ def _draw_steps(
 
 def _sheet(recs: Reconstructed, names: Sequence[str], rows: range) -> Figure:
     height, width = recs.place.shape
+    spacing = ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.06)
     side_in = 2.2 * min(1.6, height / width)
-    figure = Figure(figsize=(10.4, len(rows) * (side_in + 0.25) + 1.9), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.06)  # type: ignore[union-attr]
+    figure = Figure(figsize=(10.4, len(rows) * (side_in + 0.25) + 1.9), layout=spacing)
     middle = _cells(recs) // 2
     heads = (
         "The image",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from nextblock.data.batch import BadSample
 from nextblock.data.loading import default_workers, evaluation_batches
 from nextblock.data.sources import Source, open_source
+from nextblock.data.stream import BadSample
 from nextblock.errors import ConfigError, DataError, RunError
-from nextblock.evaluation.features import FeatureBatch, FeatureConfig, extract_batches
+from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
 from nextblock.jobs.opening import open_model
 
 SUFFIXES = (".parquet", ".npz")
@@ -108,20 +108,21 @@ def _new_file(path: Path) -> Path:
     return path
 
 
-def _collect(batches: Iterator[FeatureBatch] | Any, source: Source) -> Embedded:
+def _collect(batches: Iterable[Features], source: Source) -> Embedded:
     names: list[str] = []
     values: list[NDArray[np.float32]] = []
     bad: list[BadSample] = []
     for batch in batches:
         names += [source.name(int(i)) for i in batch.indices]
-        values.append(batch.values)
         bad += batch.bad
-    _require_some(names, bad)
+        if len(batch):
+            values.append(batch.values)
+    _require_some(len(names), bad)
     return Embedded(names, np.concatenate(values), bad)
 
 
-def _require_some(names: list[str] | int, bad: list[BadSample]) -> None:
-    if not names:
+def _require_some(count: int, bad: list[BadSample]) -> None:
+    if not count:
         raise DataError(f"none of the {len(bad)} images can be decoded; the first: {bad[0].name}: {bad[0].reason}.")
 
 
@@ -132,7 +133,7 @@ def _write_npz(target: Path, made: Embedded) -> None:
     beside.rename(target)
 
 
-def _write_parquet(target: Path, batches: Any, source: Source) -> tuple[list[BadSample], int]:
+def _write_parquet(target: Path, batches: Iterable[Features], source: Source) -> tuple[list[BadSample], int]:
     """One row group per batch, so that memory stays that of one batch."""
     beside = target.with_name(f".{target.name}.partial")
     bad: list[BadSample] = []

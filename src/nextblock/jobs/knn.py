@@ -12,7 +12,7 @@ from rich.progress import track
 from nextblock.data.loading import default_workers, evaluation_batches
 from nextblock.data.sources import Source, open_source
 from nextblock.errors import ConfigError, DataError
-from nextblock.evaluation.features import FeatureConfig, Features, collect, extract_batches
+from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
 from nextblock.evaluation.knn import knn_accuracy
 from nextblock.jobs.opening import Opened, open_model
 from nextblock.recipes.config import DataConfig, typed
@@ -94,4 +94,6 @@ def _features(
     found = extract_batches(opened.model.encoder, batches, opened.preprocessing, config)
     steps = -(-len(source) // batch_size)
     told = f"features of {name}"
-    return collect(track(found, total=steps, description=told, console=console, disable=not console.is_terminal))
+    return Features.joined(
+        list(track(found, total=steps, description=told, console=console, disable=not console.is_terminal))
+    )

@@ -18,11 +18,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from nextblock.checkpoints.pretrained import save_pretrained
-from nextblock.data.batch import Batch
 from nextblock.data.loading import default_workers, training_batches
 from nextblock.data.preprocess import normalize
 from nextblock.data.sources import Source, explain_change, fingerprint, open_source, write_manifest
-from nextblock.data.stream import TrainingStream
+from nextblock.data.stream import Batch, TrainingStream
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs.card import model_card
 from nextblock.jobs.opening import pick_device

@@ -74,8 +74,8 @@ class Watch:
             return None
         if self.train.labels() is not None:
             return self._features(self.train, self.train_indices), queries
-        half = len(queries.labels) // 2
-        return queries.take(slice(half)), queries.take(slice(half, None))
+        half = len(queries) // 2
+        return _part(queries, slice(half)), _part(queries, slice(half, None))
 
     @torch.inference_mode()
     def _loss(self, source: Source) -> float:
@@ -103,6 +103,10 @@ class Watch:
 
     def _input(self, images: Tensor) -> Tensor:
         return normalize(images, None, self.preprocessing)
+
+
+def _part(features: Features, where: slice) -> Features:
+    return Features(features.values[where], features.labels[where], features.indices[where])
 
 
 def _some(length: int, most: int, seed: int) -> list[int]:
