@@ -19,10 +19,24 @@ _HOMES = {
     "XTRA": "nextblock.xtra.model",
     "Encoder": "nextblock.xtra.model",
     "load_official_xtra": "nextblock.checkpoints.official",
+    "open_source": "nextblock.data.sources",
+    "demo": "nextblock.jobs.demo",
+    "doctor": "nextblock.jobs.doctor",
+    "embed": "nextblock.jobs.embed",
+    "knn": "nextblock.jobs.knn",
+    "pretrain": "nextblock.jobs.pretrain",
+    "reconstruct": "nextblock.jobs.reconstruct",
 }
 
 if TYPE_CHECKING:
     from nextblock.checkpoints.official import load_official_xtra
+    from nextblock.data.sources import open_source
+    from nextblock.jobs.demo import demo
+    from nextblock.jobs.doctor import doctor
+    from nextblock.jobs.embed import embed
+    from nextblock.jobs.knn import knn
+    from nextblock.jobs.pretrain import pretrain
+    from nextblock.jobs.reconstruct import reconstruct
     from nextblock.mask import block_causal_mask, teacher_forcing_mask
     from nextblock.ordering import Ordering
     from nextblock.xtra.config import XTRAConfig
@@ -34,7 +48,14 @@ __all__ = [
     "Ordering",
     "XTRAConfig",
     "block_causal_mask",
+    "demo",
+    "doctor",
+    "embed",
+    "knn",
     "load_official_xtra",
+    "open_source",
+    "pretrain",
+    "reconstruct",
     "teacher_forcing_mask",
 ]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextblock.errors import NextblockError, nearest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 # verb: (module of the function of the same name, what it does)
 VERBS = {
@@ -69,24 +73,40 @@ def _overview() -> str:
 
 
 def _call(verb: str, job: Callable[..., Any], sections: dict[str, type], args: list[str]) -> int:
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    about = (job.__doc__ or "").split("\n\n")[0]
-    parser = ArgumentParser(prog=f"nextblock {verb}", description=about, exit_on_error=False)
-    for section, kind in sections.items():
-        parser.add_class_arguments(kind, section)
-    parser.add_function_arguments(job, as_positional=True, skip=set(sections))
-    for option in (arg.split("=")[0] for arg in args if arg.startswith("--") and len(arg) > 2):
-        known = [o for action in parser._actions for o in action.option_strings]
-        if option not in known:
-            return _fail(f"{verb} has no option {option}.{nearest(option, known)} See: nextblock {verb} --help", 2)
+    parser = _parser(verb, job, sections)
+    types = {option: getattr(a, "_typehint", None) for a in parser._actions for option in a.option_strings}
+    for i, arg in enumerate(args):
+        option = arg.split("=")[0]
+        if not arg.startswith("--") or len(arg) == 2:
+            continue
+        if option not in types:
+            return _fail(f"{verb} has no option {option}.{nearest(option, types)} See: nextblock {verb} --help", 2)
+        if types[option] is bool and option == arg and (i + 1 == len(args) or args[i + 1] not in ("true", "false")):
+            args[i] = f"{arg}=true"
     try:
         given = parser.parse_args(args, defaults=False).as_dict()
     except ArgumentError as error:
-        told = " ".join(str(error).split())
-        return _fail(f"{verb}: {told} See: nextblock {verb} --help", 2)
+        told = " ".join(str(error).replace("Parser key", "option").split())
+        return _fail(f"{verb}: {told}\nSee: nextblock {verb} --help", 2)
     result = job(**given)
     return 128 + result.signal if getattr(result, "signal", 0) else 0
+
+
+def _parser(verb: str, job: Callable[..., Any], sections: dict[str, type]) -> ArgumentParser:
+    """The job's signature as a command line: what has no default stands without dashes, sections get dotted options."""
+    from jsonargparse import ArgumentParser
+
+    about = (job.__doc__ or "").split("\n\n")[0]
+    parser = ArgumentParser(prog=f"nextblock {verb}", description=about, exit_on_error=False)
+    required = [p.name for p in inspect.signature(job).parameters.values() if p.default is p.empty]
+    for name in required:
+        parser.add_argument(name, type=str, metavar=name.upper(), nargs="+" if name == "images" else None)
+    for section, kind in sections.items():
+        parser.add_class_arguments(kind, section)
+    parser.add_function_arguments(job, skip={*sections, *required})
+    return parser
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
+# Okabe and Ito's colours, told apart by colour-blind readers; the red is a plainer one.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#222222",
+    "#0072B2", "#E69F00", "#009E73", "#D7191C", "#CC79A7", "#56B4E9", "#222222",
 )  # fmt: skip
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
 FAINT = "#777777"
@@ -39,7 +39,7 @@ def show_image(axes: Axes, image: NDArray[np.uint8], title: str = "", **text: An
     axes.imshow(shown, cmap="gray" if gray else None, vmin=0, vmax=255)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[:].set_visible(False)
+    axes.spines[:].set(color="#cccccc", linewidth=0.5)
     axes.set_title(title, **text)
 
 
@@ -51,6 +51,6 @@ def outline(axes: Axes, mask: NDArray[np.bool_], colour: str, width_pt: float = 
     y, x = np.nonzero(framed[1:-1, 1:] != framed[1:-1, :-1])
     down = np.stack((np.stack((x, y), 1), np.stack((x, y + 1), 1)), 1)
     lines = np.concatenate((across, down)) - 0.5  # [lines, 2 ends, (x, y)]
-    axes.add_collection(
-        LineCollection(list(lines), colors=colour, linewidths=width_pt, capstyle="projecting", clip_on=False)
-    )
+    # Above the frame of the axes, and whole where the mask touches it.
+    style = {"colors": colour, "linewidths": width_pt, "capstyle": "projecting", "clip_on": False, "zorder": 3}
+    axes.add_collection(LineCollection(list(lines), **style))

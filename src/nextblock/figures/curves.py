@@ -114,12 +114,12 @@ def _draw_panel(
         if panel not in found:
             continue
         steps, values = found[panel]
-        colour = COLOURS[i % len(COLOURS)]
+        colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
         if panel == "loss":
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             values = smoothed(values, len(values) // 50)
         few = "o" if len(values) < 30 and panel not in ("loss", "lr") else ""
-        axes.plot(steps, values, color=colour, label=name, linewidth=1.6, marker=few, markersize=3.5)
+        axes.plot(steps, values, color=colour, linestyle=style, label=name, linewidth=1.6, marker=few, markersize=3.5)
     axes.set_title(PANELS[panel][0], fontsize=11)
     axes.set_ylabel(PANELS[panel][1])
     axes.set_xlabel("optimiser steps")

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from nextblock.figures.canvas import FAINT, outline, save
@@ -23,7 +24,7 @@ def draw_ordering(ordering: Ordering, path: str | Path) -> Path:
 
     One colour for each entity, from dark (first) to light (last); the same in both. Returns the path.
     """
-    figure = Figure(figsize=(9, 4.9), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout=ConstrainedLayoutEngine(h_pad=0.1))
     left, right = figure.subplots(1, 2)
     colours = _colours(ordering.num_entities)
     _draw_grid(left, ordering, colours)

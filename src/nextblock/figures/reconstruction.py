@@ -66,12 +66,12 @@ def draw_image(recs: Reconstructed, i: int, path: str | Path, name: str = "") ->
     down = -(-len(steps) // across)
     side_in = 12 / 8 * min(1.6, height / width)
     tall = 12 / 3 * 0.8 * min(1.6, height / width)
-    figure = Figure(figsize=(12, tall + down * (side_in + 0.3) + 2.6), layout="constrained")
-    figure.suptitle(name, fontsize=13)
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(tall + 0.8, down * (side_in + 0.3) + 0.7))[:, 0]
+    figure = Figure(figsize=(12, tall + down * (side_in + 0.3) + 3.1), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(tall + 1.2, down * (side_in + 0.3) + 0.7))[:, 0]
+    top.suptitle(name, fontsize=13)
     _draw_whole(top, recs, i)
     _draw_steps(bottom, recs, i, steps, (down, across))
-    figure.supxlabel(_caption(recs), fontsize=9, color=FAINT)
+    figure.supxlabel("\n" + _caption(recs), fontsize=9, color=FAINT)
     return save(figure, path)
 
 
@@ -125,7 +125,7 @@ def _sheet(recs: Reconstructed, names: Sequence[str], rows: range) -> Figure:
     height, width = recs.place.shape
     spacing = ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.06)
     side_in = 2.2 * min(1.6, height / width)
-    figure = Figure(figsize=(10.4, len(rows) * (side_in + 0.25) + 1.9), layout=spacing)
+    figure = Figure(figsize=(10.4, len(rows) * (side_in + 0.25) + 2.1), layout=spacing)
     middle = _cells(recs) // 2
     heads = (
         "The image",
@@ -140,9 +140,11 @@ def _sheet(recs: Reconstructed, names: Sequence[str], rows: range) -> Figure:
             show_image(line[column], image, heads[column] if i == rows[0] else "", fontsize=10)
         line[0].set_ylabel(names[i], fontsize=8)
         outline(line[1], recs.place == middle, RED, 1.5)
+        outline(line[2], recs.place == 0, BLUE, 1.5)
+        outline(line[3], recs.place == 0, BLUE, 1.5)
         line[2].set_xlabel(_errors(recs, i, "prediction"), fontsize=8)
         line[3].set_xlabel(_errors(recs, i, "baseline"), fontsize=8)
-    figure.supxlabel(_caption(recs), fontsize=9, color=FAINT)
+    figure.supxlabel("\n" + _caption(recs), fontsize=9, color=FAINT)
     return figure
 
 
@@ -181,14 +183,14 @@ def _caption(recs: Reconstructed) -> str:
     first = "The first cell (blue outline) is given, never predicted, and not in the errors."
     if recs.normalized_cells:
         return (
-            "The model predicts the pattern of a cell; the cell's true mean and contrast are lent to it for drawing. "
-            "With no pattern known,\nthe best guess with that same help is a flat cell: the picture on the right. "
-            "The model's merit is what is better than that.\n"
-            "Error: mean squared error in the training loss's units (each cell scaled to mean 0, deviation 1; "
-            f"flat is about 1). In pixels: the same for 0 to 1.\n{first}"
+            "The model predicts the pattern of a cell; the cell's true mean (over all its pixels and colours) and "
+            "contrast are lent to it for drawing.\nWith no pattern known, the best guess with that same help is a "
+            "flat cell: the picture on the right. The model's merit is what is better than that.\n"
+            "Error: mean squared error in the training loss's units (each cell scaled to mean 0, deviation 1; flat is "
+            f"about 1). In pixels: of values from 0 to 1.\n{first}"
         )
     return (
-        "The model predicts the pixels themselves. The picture on the right has every cell flat at its true mean, "
-        "which the model is not told.\nError: mean squared error in the training loss's units (normalised pixels). "
-        f"In pixels: the same for 0 to 1.\n{first}"
+        "The model predicts the pixels themselves. The picture on the right has every cell flat at its true mean "
+        "(over all its pixels and colours),\nwhich the model is not told. Error: mean squared error in the training "
+        f"loss's units (normalised pixels). In pixels: of values from 0 to 1.\n{first}"
     )

@@ -158,7 +158,7 @@ def check_keys(values: Mapping[str, Any], where: str) -> None:
         for name in content:
             if name not in known:
                 everywhere = {f"{s}.{f.name}" for s, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
-                hint = nearest(name, known) or _elsewhere(name, everywhere)
+                hint = _elsewhere(name, everywhere) or nearest(name, known)
                 raise ConfigError(f"{where}: there is no key '{section}.{name}'.{hint}")
 
 

@@ -169,7 +169,13 @@ def train(
 
 
 def _accumulate(
-    fabric: Fabric, model: _FabricModule, batches: Iterator[Batch], loss_of: Loss, plan: Plan, step: int, recorder: Recorder
+    fabric: Fabric,
+    model: _FabricModule,
+    batches: Iterator[Batch],
+    loss_of: Loss,
+    plan: Plan,
+    step: int,
+    recorder: Recorder,
 ) -> Tensor:
     """Backward over the step's forward passes; the mean loss of the global batch as this process sees it."""
     passes = plan.micro_batches(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,6 +74,13 @@ class XTRAConfig:
         _require(self.order in known_orders, "order", self.order, "'raster' or 'pseudo_random'")
         self._check_grid()
         self._derive()
+        if self.normalize_targets and self.cell_pixels == 1:
+            warnings.warn(
+                "normalize_targets has nothing to normalise: a cell of one gray pixel has no variance, so every "
+                "target is 0 and nothing is learned. Use a larger cell_size or patch_size_px, or "
+                "normalize_targets=False.",
+                stacklevel=3,
+            )
         _check_heads("num_heads", self.num_heads, "width", self.width)
         _check_heads("predictor_heads", self.predictor_heads, "predictor_width", self.predictor_width)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from nextblock.data.decode import read_bytes
 from nextblock.data.sources.protocol import Sample
 from nextblock.data.sources.splits import HELD_OUT, TRAIN, pick_split, split_candidates
 from nextblock.errors import DataError, SampleError, nearest
+
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()  # a log file wants no thousand lines of bar
 
 _OPENING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError)
 _SPLIT_IN_NAME = re.compile(rf"^(?:(\w+)-\d{{5}}-of-\d{{5}}|({'|'.join((TRAIN, *HELD_OUT))})(?:[-_.].*)?)\.parquet$")

@@ -1,0 +1,116 @@
+"""The jobs that use a trained encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import nextblock as nb
+from conftest import write_images
+from nextblock.errors import ConfigError, DataError, RunError
+
+
+def test_embed_to_parquet_and_npz_and_memory(run: Path, images: Path, tmp_path: Path) -> None:
+    made = nb.embed(run=run, images=str(images), last_layers=2, quiet=True)
+    assert made.features.shape == (24, 16)
+    assert made.names[0] == "left/000.png"
+    nb.embed(run=run, images=str(images), last_layers=2, out=tmp_path / "f.parquet", batch_size=5, quiet=True)
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table["name"].to_pylist() == made.names
+    assert np.allclose(np.array(table["features"].to_pylist(), dtype=np.float32), made.features, atol=1e-5)
+    nb.embed(run=run, images=str(images), last_layers=2, out=tmp_path / "f.npz", quiet=True)
+    assert np.array_equal(np.load(tmp_path / "f.npz")["features"], made.features)
+
+
+def test_embed_unpooled_keeps_patches_in_raster_order(run: Path, images: Path, tmp_path: Path) -> None:
+    made = nb.embed(run=run / "exported", images=[str(images / "top")], pool=False, quiet=True)
+    assert made.features.shape == (12, 16, 16)
+    nb.embed(run=run, images=str(images / "top"), pool=False, out=tmp_path / "f.parquet", quiet=True)
+    stored = np.array(pq.read_table(tmp_path / "f.parquet")["features"].to_pylist(), dtype=np.float32)
+    assert np.allclose(stored, made.features, atol=1e-5)
+
+
+def test_embed_leaves_broken_images_out(run: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", per_class=2)
+    (folder / "top" / "000.png").write_bytes(b"no")
+    made = nb.embed(run=run, images=str(folder), quiet=True)
+    assert len(made.names) == 3
+    assert made.bad[0].name == "top/000.png"
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no")
+    for out in (None, tmp_path / "x.parquet"):
+        with pytest.raises(DataError, match="none of the 4 images"):
+            nb.embed(run=run, images=str(folder), out=out, quiet=True)
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_embed_never_overwrites(run: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.npz").write_text("mine")
+    with pytest.raises(RunError, match="not overwritten"):
+        nb.embed(run=run, images=str(images), out=tmp_path / "old.npz", quiet=True)
+    with pytest.raises(ConfigError, match=r"\.parquet or \.npz"):
+        nb.embed(run=run, images=str(images), out=tmp_path / "old.csv", quiet=True)
+    with pytest.raises(RunError, match="does not exist"):
+        nb.embed(run=run, images=str(images), out=tmp_path / "none" / "f.npz", quiet=True)
+
+
+def test_knn_on_given_and_on_the_runs_own_data(run: Path, images: Path) -> None:
+    own = nb.knn(run=run, k=[1, 3], quiet=True)
+    assert own[1] == 100.0  # bank and queries are the same images
+    assert nb.knn(run=run, data={"train": images, "val": str(images)}, k=[1, 3], quiet=True) == own
+    with pytest.raises(DataError, match="has no labels"):
+        nb.knn(run=run, data={"train": str(images / "top")}, quiet=True)
+    with pytest.raises(ConfigError, match=r"--data\.train"):
+        nb.knn(run=run / "exported", quiet=True)
+
+
+def test_reconstruct_draws_every_image_and_a_sheet(run: Path, images: Path, tmp_path: Path) -> None:
+    folder = nb.reconstruct(run=run, images=str(images), out=tmp_path / "pictures", most=3, quiet=True)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["000-000.png", "001-008.png", "002-004.png", "contact-sheet.png", "reconstructions.npz"]
+    with pytest.raises(RunError, match="never overwrites"):
+        nb.reconstruct(run=run, images=str(images), out=folder, quiet=True)
+
+
+def test_a_run_without_an_export_is_used_from_its_checkpoint(run: Path, images: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("exported"))
+    a, b = (nb.embed(run=r, images=str(images), quiet=True).features for r in (run, tmp_path / "copy"))
+    assert np.array_equal(a, b)
+
+
+def test_doctor_finds_versions_and_devices() -> None:
+    found = nb.doctor(quiet=True)
+    assert found["torch"].startswith("2.")
+    assert "cores" in found["cpu"]
+    assert "GB" in found["free disk here"]
+
+
+def test_demo_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextblock.jobs.demo.PER_ORIGINAL", 1)
+    made = nb.demo(out=tmp_path / "demo", epochs=0.1, compare=True)
+    told = capsys.readouterr().out
+    names = [row["name"] for row in made["rows"]]
+    assert len(names) == 4
+    assert json.loads((tmp_path / "demo" / "results.json").read_text())["rows"] == made["rows"]
+    for picture in ("accuracy.png", "curves.png", "reconstructions/contact-sheet.png"):
+        assert (tmp_path / "demo" / picture).is_file()
+        assert picture.split("/")[-1] in told.replace("\n", "")
+    by_name = {row["name"]: row for row in made["rows"]}
+    assert by_name["raw pixels"]["linear"] < 40
+
+
+def test_scattered_digits_are_split_by_original() -> None:
+    from nextblock.data.digits import scattered_digits
+
+    train, held_out = scattered_digits(0, 2)
+    assert not set(train.originals) & set(held_out.originals)
+    assert len(train.images) == 2 * (1797 - 360)
+    again, _ = scattered_digits(0, 2)
+    assert np.array_equal(train.images, again.images)
+    assert not np.array_equal(train.images, scattered_digits(1, 2)[0].images)
