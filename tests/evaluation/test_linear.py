@@ -34,10 +34,10 @@ def test_the_test_set_has_no_part_in_the_choice() -> None:
 
 
 def test_noise_calls_for_strong_regularisation() -> None:
-    train, test = made(90, 0, dimensions=200, signal=0.6), made(1000, 1, dimensions=200, signal=0.6)
+    train, test = made(300, 0, dimensions=150, signal=0.5), made(1000, 1, dimensions=150, signal=0.5)
     chosen = linear_accuracy(train, test)
-    assert chosen.strength > 1e-4
-    assert chosen.accuracy >= linear_accuracy(train, test, strengths=[1e-5]).accuracy
+    assert chosen.strength > 1e-3
+    assert chosen.accuracy > linear_accuracy(train, test, strengths=[1e-5]).accuracy + 3
 
 
 def test_the_search_stops_once_weaker_is_no_better(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,12 +116,11 @@ def test_bars(tmp_path: Path) -> None:
         draw_bars([{"name": "nothing"}], tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("ordering", [Ordering.cells(8, 2), Ordering.subsamples((4, 6), 2), Ordering.patches(24)])
+@pytest.mark.parametrize("ordering", [Ordering.cells(8, 2), Ordering.subsamples((4, 6), 2), Ordering.patches(21)])
 def test_orderings(tmp_path: Path, ordering: Ordering) -> None:
     assert colours(draw_ordering(ordering, tmp_path / "ordering.png")) > 10
 
 
 def test_no_display_and_no_global_state() -> None:
-    names = "canvas, curves, ordering, reconstruction"
-    code = f"import sys; from nextblock.figures import {names}; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    room = Path(reconstruction.__file__).parent
+    assert not [file.name for file in room.glob("*.py") if "pyplot" in file.read_text(encoding="utf-8")]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import flags, tiny, write_images
 from nextblock.cli import VERBS, main
+from tiny_run import flags, tiny, write_images
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:

@@ -5,36 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from conftest import flags, tiny
 from nextblock.training.run_folder import read_metrics
-
-COMMAND = [sys.executable, "-m", "nextblock.cli", "pretrain"]
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """In a process group of its own, so that workers are killed with it."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        COMMAND + arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=env,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+from processes import finish, start
+from tiny_run import flags, tiny
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:

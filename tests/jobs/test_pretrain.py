@@ -11,11 +11,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import tiny, write_images
 from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs.opening import open_model
 from nextblock.jobs.pretrain import pretrain
 from nextblock.training.run_folder import read_metrics
+from tiny_run import tiny, write_images
 
 
 def start(out: Path, train: Any, sections: dict[str, Any] | None = None, **values: Any) -> Any:

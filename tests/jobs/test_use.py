@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import nextblock as nb
-from conftest import write_images
 from nextblock.errors import ConfigError, DataError, RunError
+from tiny_run import write_images
 
 
 def test_embed_to_parquet_and_npz_and_memory(run: Path, images: Path, tmp_path: Path) -> None:

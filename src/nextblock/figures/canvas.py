@@ -52,5 +52,6 @@ def outline(axes: Axes, mask: NDArray[np.bool_], colour: str, width_pt: float = 
     down = np.stack((np.stack((x, y), 1), np.stack((x, y + 1), 1)), 1)
     lines = np.concatenate((across, down)) - 0.5  # [lines, 2 ends, (x, y)]
     # Above the frame of the axes, and whole where the mask touches it.
-    style = {"colors": colour, "linewidths": width_pt, "capstyle": "projecting", "clip_on": False, "zorder": 3}
-    axes.add_collection(LineCollection(list(lines), **style))
+    drawn = LineCollection(list(lines), colors=colour, linewidths=width_pt, capstyle="projecting", zorder=3)
+    drawn.set_clip_on(False)
+    axes.add_collection(drawn)
