@@ -1,0 +1,90 @@
+"""The README's tree is the tree, and its commands run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny_run import flags, tiny, write_images
+
+from nextblock.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# Runs for minutes: the same job is tested in small in tests/jobs/test_use.py.
+LONG = {"nextblock demo"}
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+    return [text for name, text in found if name == language]
+
+
+def commands() -> list[str]:
+    lines = (line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines())
+    return [line for line in lines if line.startswith("nextblock") and line not in LONG]
+
+
+def test_the_tree_is_the_tree() -> None:
+    (tree,) = [block for block in blocks("") if "src/nextblock/" in block]
+    described: list[str] = []
+    folder = ""
+    for line in tree.splitlines():
+        path, clause = line.split(maxsplit=1)
+        assert clause.strip(), f"{path} has no clause"
+        if path.endswith("/"):
+            folder = path
+        else:
+            described.append(folder + path if line.startswith(" ") else path)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    source = [path for path in tracked if path.startswith("src/nextblock/") and not path.endswith("__init__.py")]
+    assert sorted(p for p in described if p.startswith("src/")) == sorted(p for p in source if not p.endswith("py.typed"))
+    assert all((ROOT / path).exists() for path in described)
+
+
+def test_there_is_a_command_for_every_job() -> None:
+    from nextblock.cli import VERBS
+
+    verbs = {command.split()[1] for command in [*commands(), *LONG]}
+    assert verbs == set(VERBS)
+
+
+def test_the_commands_run_in_the_order_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", per_class=6)
+    small = tiny()
+    for command in commands():
+        arguments = shlex.split(command)[1:]
+        if arguments[0] == "pretrain" and "--resume" not in arguments:
+            arguments += flags(small)
+        assert main(arguments) == 0, f"{command}\n{capsys.readouterr()}"
+    for code in blocks("python"):
+        code = code.replace('training={"epochs": 1}', f"**{small!r} | {{'data': {{'train': 'photos'}}}}")
+        code = code.replace('data={"train": "photos"}, ', "")
+        exec(compile(code, "README", "exec"), {})
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"features.parquet", "pictures", "runs"} <= made
+
+
+def test_make_commands_come_first() -> None:
+    assert blocks("sh")[0].splitlines()[0].startswith("make demo")
+    assert blocks("sh")[0].splitlines()[1].startswith("make test")
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^demo:", makefile, flags=re.M)
+    assert re.search(r"^test:", makefile, flags=re.M)
+
+
+def test_pictures_and_links_are_there() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert all(link.startswith("http") or (ROOT / link).exists() for link in links)
+
+
+def test_every_recipe_is_listed() -> None:
+    from nextblock.recipes.config import recipe_names
+
+    assert all(f"| `{name}` |" in README for name in recipe_names())
