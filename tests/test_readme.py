@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_run import flags, tiny, write_images
 
 from nextblock.cli import main
+from tiny_run import flags, tiny, write_images
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,7 +41,9 @@ def test_the_tree_is_the_tree() -> None:
             described.append(folder + path if line.startswith(" ") else path)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     source = [path for path in tracked if path.startswith("src/nextblock/") and not path.endswith("__init__.py")]
-    assert sorted(p for p in described if p.startswith("src/")) == sorted(p for p in source if not p.endswith("py.typed"))
+    assert sorted(p for p in described if p.startswith("src/")) == sorted(
+        p for p in source if not p.endswith("py.typed")
+    )
     assert all((ROOT / path).exists() for path in described)
 
 

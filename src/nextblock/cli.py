@@ -78,9 +78,11 @@ def _call(verb: str, job: Callable[..., Any], sections: dict[str, type], args: l
     parser = _parser(verb, job, sections)
     types = {option: getattr(a, "_typehint", None) for a in parser._actions for option in a.option_strings}
     for i, arg in enumerate(args):
-        option = arg.split("=")[0]
         if not arg.startswith("--") or len(arg) == 2:
             continue
+        option, equals, value = arg.partition("=")
+        option = "--" + option[2:].replace("-", "_")
+        args[i] = arg = option + equals + value
         if option not in types:
             return _fail(f"{verb} has no option {option}.{nearest(option, types)} See: nextblock {verb} --help", 2)
         if types[option] is bool and option == arg and (i + 1 == len(args) or args[i + 1] not in ("true", "false")):

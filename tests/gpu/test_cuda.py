@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from close import assert_close
-from tiny_run import tiny
 
 import nextblock as nb
+from close import assert_close
 from nextblock.jobs.pretrain import pretrain
 from nextblock.training.run_folder import read_metrics
+from tiny_run import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DATA = Path(__file__).parents[1] / "data"

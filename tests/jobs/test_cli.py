@@ -42,10 +42,13 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     assert f"nextblock {verb}" in capsys.readouterr().out
 
 
-def test_wrong_verbs_and_options_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_verbs_and_options_name_the_nearest(capsys: pytest.CaptureFixture[str], images: Path) -> None:
     assert "Did you mean 'pretrain'?" in failure(capsys, "pretrian")
     assert "Did you mean '--training.epochs'?" in failure(capsys, "pretrain", "--training.epoch", 3)
     assert "int" in failure(capsys, "pretrain", "--training.batch_size", "many")
+    assert "No run or weights" in failure(
+        capsys, "pretrain", "--init-from", "none", "--config", "xtra_cifar10", "--data.train", images
+    )
     assert "run" in failure(capsys, "knn")
 
 

@@ -15,6 +15,7 @@ from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs.opening import open_model
 from nextblock.jobs.pretrain import pretrain
 from nextblock.training.run_folder import read_metrics
+from nextblock.xtra.config import XTRAConfig
 from tiny_run import tiny, write_images
 
 
@@ -200,3 +201,34 @@ def test_without_a_recipe_it_chooses_and_says_why(
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert stored["model"]["image_size_px"] == 32
     assert stored["model"]["width"] == 16
+
+
+def test_a_preset_replaces_every_size_that_was_chosen_or_in_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(config="xtra_b16_in1k", preset="xtra_s16", print_config=True)
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    wanted = XTRAConfig.preset("xtra_s16").to_dict() | {"drop_path": 0.1}
+    assert model == wanted
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        start(tmp_path / "a", str(tmp_path / "none"))
+    with pytest.raises(CheckpointError):
+        start(tmp_path / "b", str(images), {"model": {"width": 32}}, init_from=_other(images, tmp_path / "other"))
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def _other(images: Path, folder: Path) -> Path:
+    start(folder, str(images), {"training": {"epochs": 0.3}, "watch": {"pictures": 0}})
+    return folder
+
+
+def test_a_run_can_be_resumed_from_another_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    start(tmp_path / "run", images.name)
+    monkeypatch.chdir(tmp_path)
+    done = pretrain(resume="run", quiet=True)
+    assert done is not None
+    assert done.finished

@@ -6,6 +6,7 @@ All of it is ours, meant as a sound first run, and told in a few lines before tr
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from nextblock.data.sources import Source
 from nextblock.errors import SampleError
+from nextblock.xtra.config import PRESETS
 
 # side of the training image in px -> (patch px, patches along a cell); every one has 16 or more cells
 GEOMETRY = {32: (4, 2), 48: (6, 2), 64: (8, 2), 96: (12, 2), 128: (16, 2), 192: (16, 3), 256: (16, 4)}
@@ -36,37 +38,56 @@ class Choice:
         self.reasons.append(f"  {section}: {shown} ({reason})")
 
 
-def choose(source: Source, device: str) -> Choice:
-    """Pick the model, crop size, batch and length for these images on this device ("cpu" or "cuda")."""
-    choice, images = Choice(), len(source)
+def choose(source: Source, device: str, model: Mapping[str, Any], *, sized: bool) -> Choice:
+    """Pick what is not given for these images on this device.
+
+    Args:
+        source: the images.
+        device: "cpu" or "cuda".
+        model: the values of the model section that are given and stay.
+        sized: a preset already gives the sizes of the model.
+    """
+    choice = Choice()
+    _choose_geometry(choice, source, device, model)
+    if not sized:
+        _choose_sizes(choice, len(source), device)
+    _choose_length(choice, len(source), device)
+    return choice
+
+
+def _choose_geometry(choice: Choice, source: Source, device: str, model: Mapping[str, Any]) -> None:
     side, channels = typical_image(source)
     largest = CPU_LARGEST_PX if device == "cpu" else max(GEOMETRY)
     size = max([s for s in GEOMETRY if s <= min(side, largest)], default=min(GEOMETRY))
-    patch, cell = GEOMETRY[size]
     why = f"the images' shorter side is about {side} px"
     why += f"; on a CPU at most {CPU_LARGEST_PX}" if size == largest == CPU_LARGEST_PX < side else ""
+    if model.get("image_size_px") in GEOMETRY:
+        size, why = model["image_size_px"], "fits the given size"
+    patch, cell = GEOMETRY[size]
     choice.take("model", why, image_size_px=size, patch_size_px=patch, cell_size=cell)
     if channels != 3:
         choice.take("model", "the images are gray", channels=channels)
+    if size <= 64:
+        choice.take("data", "small images are not cropped when evaluated", resize_px=size)
+
+
+def _choose_sizes(choice: Choice, images: int, device: str) -> None:
     if device == "cpu":
         sizes = {"width": 192, "depth": 6, "num_heads": 3, "predictor_width": 128, "predictor_depth": 2}
         choice.take("model", "small enough for a CPU", **sizes)
-        batch, budget = 128, CPU_IMAGES
-    else:
-        name, width, heads = (
-            ("ti", 192, 3) if images < 50_000 else ("s", 384, 6) if images < 500_000 else ("b", 768, 12)
-        )
-        choice.take("model", f"ViT-{name.upper()} for {images:,} images", width=width, depth=12, num_heads=heads)
-        batch, budget = (2048 if images >= 500_000 else 512), GPU_IMAGES
+        return
+    preset = "xtra_ti16" if images < 50_000 else "xtra_s16" if images < 500_000 else "xtra_b16"
+    sizes = {name: PRESETS[preset][name] for name in ("width", "depth", "num_heads")}
+    choice.take("model", f"as in {preset}, for {images:,} images", **sizes)
+
+
+def _choose_length(choice: Choice, images: int, device: str) -> None:
+    batch, budget = (128, CPU_IMAGES) if device == "cpu" else (2048 if images >= 500_000 else 512, GPU_IMAGES)
     batch = max(8, min(batch, 2 ** int(np.log2(max(8, images // 4)))))
     epochs = round(min(800.0, max(1.0, budget / images)), 1)
-    choice.take("training", f"{images:,} images", batch_size=batch)
-    choice.take(
-        "training", f"about {epochs * images:,.0f} images seen", epochs=epochs, warmup_epochs=round(epochs / 20, 2)
-    )
-    if size <= 64:
-        choice.take("data", "small images are not cropped when evaluated", resize_px=size)
-    return choice
+    choice.take("training", f"for {images:,} images", batch_size=batch)
+    warmup = round(epochs / 20, 2)
+    choice.take("training", f"about {epochs * images:,.0f} images seen", epochs=epochs, warmup_epochs=warmup)
 
 
 def typical_image(source: Source) -> tuple[int, int]:

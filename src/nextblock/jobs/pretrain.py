@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ from typing import Any
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from nextblock.data.sources import Source
 from nextblock.errors import ConfigError
 from nextblock.jobs.choose import choose
 from nextblock.jobs.opening import initial_weights, pick_device
@@ -83,24 +83,21 @@ def pretrain(
         return _resume(Path(resume), given, objects, config, preset, out, init_from, console)
     base = read_recipe(config) if config is not None else {}
     values = merge(base, preset_layer(preset), given)
-    first = typed(values)
-    if print_config:
-        print(to_yaml(first), end="")
-        return None
-    fabric = launch(first)
-    if config is None:
-        values = _chosen(values, open_train(first, objects), first, console if fabric.is_global_zero else None)
+    if config is None and not print_config:
+        values = _chosen(values, objects, sized=preset is not None, console=console)
     settings = typed(values)
-    folder = _new_folder(fabric, out, str(config or "pretrain"))
-    run = Run(settings, folder, fabric, objects, console)
-    if fabric.is_global_zero:
-        run.write_record()
-        if config is None:
-            pinned = f"nextblock pretrain --config {folder / 'config.yaml'}"
-            console.print(f"the same run again: {pinned}", highlight=False, soft_wrap=True)
+    if print_config:
+        print(to_yaml(settings), end="")
+        return None
+    run = Run(_absolute(settings), launch(settings), objects, console)
     if init_from is not None:
         initial_weights(init_from, run.model)
-    return run.train()
+    folder = _new_folder(run.fabric, out, str(config or "pretrain"))
+    if run.fabric.is_global_zero:
+        run.write_record(folder)
+    if config is None:
+        run.say(f"the same run again: nextblock pretrain --config {folder / 'config.yaml'}")
+    return run.train(folder)
 
 
 def _resume(
@@ -127,17 +124,17 @@ def _resume(
             f"(--init-from {folder} takes its weights)."
         )
     fabric = launch(settings)
-    run = Run(settings, folder, fabric, objects, console)
-    run.check_data()
+    run = Run(settings, fabric, objects, console)
+    run.check_record(folder)
     _, state = newest_checkpoint(folder / "checkpoints", run.say)
     step, total = int(state["step"]), run.plan.total_steps
     if step < total:
         run.say(f"continuing {folder} after step {step} of {total}")
-        return run.train(state)
+        return run.train(folder, state)
     run.say(f"{folder} is trained: {step} steps.")
     if not (folder / "exported").is_dir():  # it was killed between the last step and the export
         run.model.load_state_dict(state["model"])
-        run.finish()
+        run.finish(folder)
     return Pretrained(folder, step, finished=True)
 
 
@@ -161,14 +158,26 @@ def _new_folder(fabric: Fabric, out: str | Path | None, name: str) -> Path:
 
 
 def _chosen(
-    values: dict[str, dict[str, Any]], source: Source, first: PretrainConfig, console: Console | None
+    values: dict[str, dict[str, Any]], objects: dict[str, Any], *, sized: bool, console: Console
 ) -> dict[str, dict[str, Any]]:
-    choice = choose(source, pick_device(first.training.device))
-    if console:
-        console.print(f"{source.description}. No --config given, so this run is chosen for you:", highlight=False)
-        for line in choice.reasons:
-            console.print(line, highlight=False, soft_wrap=True)
+    """The values, completed by a choice for these images that is told (by one process)."""
+    first = typed(values)
+    source = open_train(first, objects)
+    choice = choose(source, pick_device(first.training.device), values.get("model", {}), sized=sized)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        lines = [f"{source.description}. No --config given, so this run is chosen for you:", *choice.reasons]
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return merge(choice.values, values)
+
+
+def _absolute(config: PretrainConfig) -> PretrainConfig:
+    """With local paths as seen from anywhere, so that a run can be resumed from another folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or path.startswith("hf:") else os.path.abspath(os.path.expanduser(path))
+
+    data = dataclasses.replace(config.data, train=absolute(config.data.train), val=absolute(config.data.val))
+    return dataclasses.replace(config, data=data)
 
 
 __all__ = ["SECTIONS", "Pretrained", "pretrain"]

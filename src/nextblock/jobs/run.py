@@ -51,10 +51,8 @@ class Pretrained:
 class Run:
     """One run: the configured parts, put together."""
 
-    def __init__(
-        self, config: PretrainConfig, folder: Path, fabric: Fabric, objects: dict[str, Any], console: Console
-    ) -> None:
-        self.config, self.folder, self.fabric, self.console = config, folder, fabric, console
+    def __init__(self, config: PretrainConfig, fabric: Fabric, objects: dict[str, Any], console: Console) -> None:
+        self.config, self.fabric, self.console = config, fabric, console
         self.source = open_train(config, objects)
         self.val = open_val(config, objects)
         self.preprocessing = config.data.preprocessing(config.model)
@@ -66,27 +64,31 @@ class Run:
         if self.fabric.is_global_zero:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def write_record(self) -> None:
+    def write_record(self, folder: Path) -> None:
         """The files that say what this run is."""
         command = "nextblock " + shlex.join(sys.argv[1:])
         header = f"A run of nextblock, started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{command}"
-        write_text(self.folder / "config.yaml", to_yaml(self.config, header))
+        write_text(folder / "config.yaml", to_yaml(self.config, header))
         about = environment(self.config.training.seed, self.fabric.device.type)
         about["data"] = {"description": self.source.description, **dataclasses.asdict(fingerprint(self.source))}
-        write_text(self.folder / "environment.json", to_json(about))
-        write_manifest(self.source, self.folder / "data_manifest.txt.gz")
+        write_text(folder / "environment.json", to_json(about))
+        write_manifest(self.source, folder / "data_manifest.txt.gz")
 
-    def check_data(self) -> None:
+    def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
-        stored = json.loads((self.folder / "environment.json").read_text())["data"]
-        if stored["sha256"] != fingerprint(self.source).sha256:
-            what = explain_change(self.folder / "data_manifest.txt.gz", self.source)
+        stored = json.loads((folder / "environment.json").read_text())
+        if stored["data"]["sha256"] != fingerprint(self.source).sha256:
+            what = explain_change(folder / "data_manifest.txt.gz", self.source)
             raise RunError(
-                f"The training data are not those that {self.folder} was started on: {what}. Bring them back, or start "
-                f"a new run (--init-from {self.folder} takes its weights)."
+                f"The training data are not those that {folder} was started on: {what}. Bring them back, or start "
+                f"a new run (--init-from {folder} takes its weights)."
             )
+        before, now = stored["torch_threads"], torch.get_num_threads()
+        if before != now:
+            self.say(f"{now} threads now, {before} when the run began: equal to rounding, not to the bit.")
 
-    def train(self, state: dict[str, Any] | None = None) -> Pretrained:
+    def train(self, folder: Path, state: dict[str, Any] | None = None) -> Pretrained:
+        """Train in `folder` from the start, or from a checkpoint's state."""
         config, fabric, plan = self.config, self.fabric, self.plan
         start = 0 if state is None else int(state["step"])
         if state is not None:
@@ -99,11 +101,11 @@ class Run:
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
             meters.load(state["meters"])
-        watch = self._watch()
+        watch = self._watch(folder)
         quiet = self.console.quiet or not fabric.is_global_zero
         progress = TrainingProgress(plan.total_steps, done=start, quiet=quiet, console=self.console)
         recorder = RunFolder(
-            self.folder, images=len(self.source), max_bad_fraction=config.data.max_bad_fraction, progress=progress,
+            folder, images=len(self.source), max_bad_fraction=config.data.max_bad_fraction, progress=progress,
             keep_checkpoints=config.training.keep_checkpoints, start_step=start, rank=fabric.global_rank,
         )  # fmt: skip
         with StopRequest() as stop, progress:
@@ -114,10 +116,10 @@ class Run:
             )  # fmt: skip
         if done < plan.total_steps:
             self.say(f"stopped after step {done} of {plan.total_steps}; everything is saved. Continue with:")
-            self.say(f"  nextblock pretrain --resume {self.folder}")
-            return Pretrained(self.folder, done, finished=False, signal=stop.received)
-        self.finish(watch)
-        return Pretrained(self.folder, done, finished=True)
+            self.say(f"  nextblock pretrain --resume {folder}")
+            return Pretrained(folder, done, finished=False, signal=stop.received)
+        self.finish(folder, watch)
+        return Pretrained(folder, done, finished=True)
 
     def _batches(self, start: int) -> Iterator[Batch]:
         config = self.config
@@ -155,25 +157,25 @@ class Run:
             checkpoint_minutes=training.checkpoint_every_minutes,
         )
 
-    def _watch(self) -> Watch | None:
+    def _watch(self, folder: Path) -> Watch | None:
         if not self.fabric.is_global_zero:
             return None
         return Watch(
-            self.model, self.preprocessing, self.config.watch, self.source, self.val, self.folder,
+            self.model, self.preprocessing, self.config.watch, self.source, self.val, folder,
             self.config.training.seed,
         )  # fmt: skip
 
-    def finish(self, watch: Watch | None = None) -> None:
+    def finish(self, folder: Path, watch: Watch | None = None) -> None:
         """Export the weights and draw the curves."""
         if not self.fabric.is_global_zero:
             return
-        card = model_card(self.config, self.folder, self.source.description)
-        save_pretrained(self.folder / "exported", self.model, self.preprocessing.to_dict(), card)
+        card = model_card(self.config, folder, self.source.description)
+        save_pretrained(folder / "exported", self.model, self.preprocessing.to_dict(), card)
         if watch:
             watch.draw_curves()
-        self.say(f"run folder: {self.folder}")
-        self.say(f"weights:    {self.folder / 'exported'}")
-        self.say(f"pictures:   {self.folder / 'figures'}")
+        self.say(f"run folder: {folder}")
+        self.say(f"weights:    {folder / 'exported'}")
+        self.say(f"pictures:   {folder / 'figures'}")
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -182,7 +182,8 @@ def preset_layer(preset: str | None) -> dict[str, Any]:
         return {}
     if preset not in PRESETS:
         raise ConfigError(f"No preset '{preset}'.{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}.")
-    return {"model": dict(PRESETS[preset])}
+    derived = dict.fromkeys(("projection_hidden", "predictor_width", "predictor_heads", "head_hidden"), 0)
+    return {"model": {**derived, "predictor_depth": XTRAConfig.predictor_depth, **PRESETS[preset]}}
 
 
 def typed(values: Mapping[str, Any]) -> PretrainConfig:
