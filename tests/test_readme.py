@@ -40,10 +40,9 @@ def test_the_tree_is_the_tree() -> None:
         else:
             described.append(folder + path if line.startswith(" ") else path)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    source = [path for path in tracked if path.startswith("src/nextblock/") and not path.endswith("__init__.py")]
-    assert sorted(p for p in described if p.startswith("src/")) == sorted(
-        p for p in source if not p.endswith("py.typed")
-    )
+    unnamed = ("__init__.py", "py.typed")
+    source = [path for path in tracked if path.startswith("src/nextblock/") and not path.endswith(unnamed)]
+    assert sorted(path for path in described if path.startswith("src/")) == sorted(source)
     assert all((ROOT / path).exists() for path in described)
 
 
