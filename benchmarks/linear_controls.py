@@ -4,7 +4,7 @@
 
 Uses the run's own training and validation data. Every row sees the same training images (a fixed random choice) and
 all validation images; the strength of the linear classifier is chosen on 15 % of the training images. Prints a table
-and writes it as JSON to benchmarks/results/.
+and writes it as JSON to benchmarks/results/. Rows that the file already holds are not measured again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=20_000)
     parser.add_argument("--last-layers", type=int, default=1)
     parser.add_argument("--random", type=int, default=3)
+    parser.add_argument("--controls-only", action="store_true", help="leave the run itself for later")
     options = parser.parse_args()
 
     opened, config = open_model(options.run), typed(read_config(options.run))
@@ -66,15 +68,26 @@ def main() -> None:
     def of(encoder: Encoder) -> Callable[[Iterator[Batch]], Features]:
         return lambda found: extract(encoder, found, opened.preprocessing, layers)
 
-    rows = [measure(str(options.run.name), of(opened.model.encoder))]
-    for seed in range(options.random):
+    file = RESULTS / f"linear_controls-{options.run.name}-layers{options.last_layers}.json"
+    known = {row["name"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+
+    def row(name: str, features: Callable[[], Callable[[Iterator[Batch]], Features]]) -> dict[str, Any]:
+        return known.get(name) or measure(name, features())
+
+    def random(seed: int) -> Callable[[Iterator[Batch]], Features]:
         torch.manual_seed(seed)
-        rows.append(measure(f"random weights, seed {seed}", of(Encoder(config.model))))
-    rows.append(measure("raw pixels", lambda found: pixel_features(found, opened.preprocessing)))
-    report(rows, options, len(chosen), len(test))
+        return of(Encoder(config.model))
+
+    rows = [row(f"random weights, seed {seed}", partial(random, seed)) for seed in range(options.random)]
+    rows.append(row("raw pixels", lambda: lambda found: pixel_features(found, opened.preprocessing)))
+    if not options.controls_only:
+        rows.append(row(options.run.name, lambda: of(opened.model.encoder)))
+    report(file, rows, options, len(chosen), len(test))
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace, train_images: int, test_images: int) -> None:
+def report(
+    file: Path, rows: list[dict[str, Any]], options: argparse.Namespace, train_images: int, test_images: int
+) -> None:
     table = Table("features", "kNN %", "linear %")
     for row in rows:
         table.add_row(row["name"], f"{row['knn']:.2f}", f"{row['linear']:.2f}")
@@ -88,7 +101,6 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace, train_images
         "last_layers": options.last_layers,
     }
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"linear_controls-{options.run.name}-layers{options.last_layers}.json"
     file.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
     print(file)
 

@@ -20,7 +20,7 @@ from nextblock.randomness import permutation
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HELD_OUT = 0.15
 PATIENCE = 2
-MAX_ITERATIONS = 300
+MAX_ITERATIONS = 1000
 TOLERANCE = 1e-4
 # Below this many classes the products are so narrow that BLAS threads mostly wait for each other (measured
 # tens of times slower on a busy machine).

@@ -64,14 +64,14 @@ def draw_image(recs: Reconstructed, i: int, path: str | Path, name: str = "") ->
     steps = _steps(recs)
     across = min(8, len(steps))
     down = -(-len(steps) // across)
-    side_in = 12 / 8 * min(1.6, height / width)
-    tall = 12 / 3 * 0.8 * min(1.6, height / width)
-    figure = Figure(figsize=(12, tall + down * (side_in + 0.3) + 3.1), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(tall + 1.2, down * (side_in + 0.3) + 0.7))[:, 0]
-    top.suptitle(name, fontsize=13)
+    ratio = min(1.6, height / width)
+    heights_in = (0.4, 12 / 3 * 0.95 * ratio + 0.6, 0.5 + down * (12 / 8 * ratio + 0.3), 1.0)
+    figure = Figure(figsize=(12, sum(heights_in)), layout="constrained")
+    head, top, bottom, foot = figure.subfigures(4, 1, squeeze=False, height_ratios=heights_in)[:, 0]
+    head.text(0.5, 0.5, name, ha="center", va="center", fontsize=13)
     _draw_whole(top, recs, i)
     _draw_steps(bottom, recs, i, steps, (down, across))
-    figure.supxlabel("\n" + _caption(recs), fontsize=9, color=FAINT)
+    foot.text(0.5, 0.5, _caption(recs), ha="center", va="center", fontsize=9, color=FAINT)
     return save(figure, path)
 
 
