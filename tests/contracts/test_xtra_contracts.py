@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,16 @@ def test_an_ordering_of_other_entities_is_refused() -> None:
 def test_bad_configurations_say_what_would_be_right(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         nb.XTRAConfig.from_dict(values)
+
+
+def test_targets_without_variance_are_warned_of() -> None:
+    one_pixel = {"image_size_px": 8, "patch_size_px": 1, "cell_size": 1, "channels": 1}
+    with pytest.warns(UserWarning, match="no variance"):
+        config = nb.XTRAConfig.from_dict(one_pixel | {"width": 12, "depth": 1, "predictor_depth": 1})
+    assert nb.XTRA(config).loss(torch.randn(2, 1, 8, 8)).isfinite()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nb.XTRAConfig.from_dict(one_pixel | {"normalize_targets": False})
 
 
 def test_configuration_round_trip() -> None:

@@ -49,6 +49,9 @@ def test_gray_images_give_a_gray_model() -> None:
     assert choose(open_source(Many(100, 32, channels=1)), "cpu", {}, sized=False).values["model"]["channels"] == 1
 
 
-def test_what_is_given_decides_the_geometry() -> None:
-    chosen = choose(open_source(Many(100, 300)), "cuda", {"image_size_px": 64}, sized=True).values["model"]
-    assert chosen == {"image_size_px": 64, "patch_size_px": 8, "cell_size": 2}
+def test_what_is_given_stays_and_decides_the_geometry() -> None:
+    given = {"model": {"image_size_px": 64}, "training": {"lr": 0.1, "batch_size": 4}}
+    choice = choose(open_source(Many(100, 300)), "cuda", given, sized=True)
+    assert choice.values["model"] == {"patch_size_px": 8, "cell_size": 2}
+    assert not {"lr", "lr_at_batch", "batch_size"} & set(choice.values["training"])
+    assert not any("batch_size" in line for line in choice.reasons)

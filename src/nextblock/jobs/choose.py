@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from nextblock.data.loading import default_workers
 from nextblock.data.sources import Source
 from nextblock.errors import SampleError
 from nextblock.xtra.config import PRESETS
@@ -27,42 +28,46 @@ PROBED = 64
 
 @dataclass
 class Choice:
-    """`values` are recipe sections; `reasons` are the lines to print."""
+    """`values` are recipe sections; `reasons` are the lines to print. What is `given` is not chosen."""
 
+    given: Mapping[str, Mapping[str, Any]]
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
     def take(self, section: str, reason: str, **values: Any) -> None:
-        self.values.setdefault(section, {}).update(values)
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        self.reasons.append(f"  {section}: {shown} ({reason})")
+        fresh = {name: value for name, value in values.items() if name not in self.given.get(section, {})}
+        if fresh:
+            self.values.setdefault(section, {}).update(fresh)
+            shown = ", ".join(f"{name} {value}" for name, value in fresh.items())
+            self.reasons.append(f"  {section}: {shown} ({reason})")
 
 
-def choose(source: Source, device: str, model: Mapping[str, Any], *, sized: bool) -> Choice:
+def choose(source: Source, device: str, given: Mapping[str, Mapping[str, Any]], *, sized: bool) -> Choice:
     """Pick what is not given for these images on this device.
 
     Args:
         source: the images.
         device: "cpu" or "cuda".
-        model: the values of the model section that are given and stay.
+        given: the values of recipe sections that are given and stay.
         sized: a preset already gives the sizes of the model.
     """
-    choice = Choice()
-    _choose_geometry(choice, source, device, model)
+    choice = Choice(given)
+    _choose_geometry(choice, source, device)
     if not sized:
         _choose_sizes(choice, len(source), device)
     _choose_length(choice, len(source), device)
     return choice
 
 
-def _choose_geometry(choice: Choice, source: Source, device: str, model: Mapping[str, Any]) -> None:
+def _choose_geometry(choice: Choice, source: Source, device: str) -> None:
     side, channels = typical_image(source)
     largest = CPU_LARGEST_PX if device == "cpu" else max(GEOMETRY)
     size = max([s for s in GEOMETRY if s <= min(side, largest)], default=min(GEOMETRY))
     why = f"the images' shorter side is about {side} px"
     why += f"; on a CPU at most {CPU_LARGEST_PX}" if size == largest == CPU_LARGEST_PX < side else ""
-    if model.get("image_size_px") in GEOMETRY:
-        size, why = model["image_size_px"], "fits the given size"
+    wanted = choice.given.get("model", {}).get("image_size_px")
+    if wanted in GEOMETRY:
+        size, why = wanted, "fits the given image size"
     patch, cell = GEOMETRY[size]
     choice.take("model", why, image_size_px=size, patch_size_px=patch, cell_size=cell)
     if channels != 3:
@@ -82,12 +87,18 @@ def _choose_sizes(choice: Choice, images: int, device: str) -> None:
 
 
 def _choose_length(choice: Choice, images: int, device: str) -> None:
-    batch, budget = (128, CPU_IMAGES) if device == "cpu" else (2048 if images >= 500_000 else 512, GPU_IMAGES)
+    if device == "cpu":
+        batch, budget, lr_at_batch = 128, CPU_IMAGES, 128
+    else:
+        batch, budget, lr_at_batch = (2048 if images >= 500_000 else 512), GPU_IMAGES, 2048
     batch = max(8, min(batch, 2 ** int(np.log2(max(8, images // 4)))))
     epochs = round(min(800.0, max(1.0, budget / images)), 1)
     choice.take("training", f"for {images:,} images", batch_size=batch)
+    if "lr" not in choice.given.get("training", {}):
+        choice.take("training", "scaled to the batch by its square root", lr=1e-3, lr_at_batch=lr_at_batch)
     warmup = round(epochs / 20, 2)
     choice.take("training", f"about {epochs * images:,.0f} images seen", epochs=epochs, warmup_epochs=warmup)
+    choice.take("data", "the cores of this machine, less one", workers=default_workers())
 
 
 def typical_image(source: Source) -> tuple[int, int]:

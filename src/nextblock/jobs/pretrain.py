@@ -163,7 +163,7 @@ def _chosen(
     """The values, completed by a choice for these images that is told (by one process)."""
     first = typed(values)
     source = open_train(first, objects)
-    choice = choose(source, pick_device(first.training.device), values.get("model", {}), sized=sized)
+    choice = choose(source, pick_device(first.training.device), values, sized=sized)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         lines = [f"{source.description}. No --config given, so this run is chosen for you:", *choice.reasons]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
