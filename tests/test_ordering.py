@@ -73,6 +73,15 @@ def test_permuted_twice_is_the_permutation_of_the_permutation() -> None:
     assert undo.permuted(undo.order) == Ordering.cells(4, 2)
 
 
+def test_an_index_made_in_inference_serves_training() -> None:
+    ordering = Ordering.cells(6, 3).permuted([3, 1, 0, 2])
+    with torch.inference_mode():
+        ordering.split(torch.zeros(1, 6, 6, 1))
+    x = torch.ones(1, 6, 6, 1, requires_grad=True)
+    ordering.split(x).square().sum().backward()
+    assert x.grad is not None
+
+
 def test_equal_when_the_sequence_is_equal() -> None:
     assert Ordering.patches(4) == Ordering.cells(4, 1) == Ordering.subsamples(4, 1)
     assert Ordering.whole(4) == Ordering.subsamples(4, 4)

@@ -221,7 +221,8 @@ class Ordering:
 @lru_cache(maxsize=256)
 def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Made once per device: a new one each step would be a copy from the host."""
-    return torch.tensor(values, device=device)
+    with torch.inference_mode(False):  # one first made for inference must serve training later
+        return torch.tensor(values, device=device)
 
 
 def _shown(values: Sequence[int], most: int = 20) -> str:
