@@ -67,7 +67,7 @@ def test_the_commands_run_in_the_order_of_the_readme(
     for code in blocks("python"):
         code = code.replace('training={"epochs": 1}', f"**{small!r} | {{'data': {{'train': 'photos'}}}}")
         code = code.replace('data={"train": "photos"}, ', "")
-        exec(compile(code, "README", "exec"), {})
+        exec(compile(code, "README", "exec"), {"__name__": "__main__"})
     made = {path.name for path in tmp_path.iterdir()}
     assert {"features.parquet", "pictures", "runs"} <= made
 

@@ -22,6 +22,7 @@ VERBS = {
     "reconstruct": ("nextblock.jobs.reconstruct", "pictures of the next-cell predictions"),
     "doctor": ("nextblock.jobs.doctor", "what is this machine missing?"),
 }
+YES_NO = dict.fromkeys(("", "true", "yes", "on", "1"), "true") | dict.fromkeys(("false", "no", "off", "0"), "false")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail("the device's memory is full. Set a lower --training.per_device_batch (or --batch_size).", 1)
         return _fail(f"unexpected {told}\nRun it again with --debug for the traceback.", 1)
 
 
@@ -62,7 +65,8 @@ def _run(args: list[str]) -> int:
     if verb not in VERBS:
         return _fail(f"there is no verb '{verb}'.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}.", 2)
     module = import_module(VERBS[verb][0])
-    return _call(verb, getattr(module, verb), getattr(module, "SECTIONS", {}), args[1:])
+    job, needs = getattr(module, verb), getattr(module, "SHELL_NEEDS", {})
+    return _call(verb, job, getattr(module, "SECTIONS", {}), needs, args[1:])
 
 
 def _overview() -> str:
@@ -72,42 +76,68 @@ def _overview() -> str:
     )
 
 
-def _call(verb: str, job: Callable[..., Any], sections: dict[str, type], args: list[str]) -> int:
+def _call(verb: str, job: Callable[..., Any], sections: dict[str, type], needs: dict[str, str], args: list[str]) -> int:
     from jsonargparse import ArgumentError
 
     parser = _parser(verb, job, sections)
     types = {option: getattr(a, "_typehint", None) for a in parser._actions for option in a.option_strings}
-    for i, arg in enumerate(args):
-        if not arg.startswith("--") or len(arg) == 2:
-            continue
-        option, equals, value = arg.partition("=")
-        option = "--" + option[2:].replace("-", "_")
-        args[i] = arg = option + equals + value
+    help_line = f"\nSee: nextblock {verb} --help"
+    for option in (_option(arg) for arg in args if arg.startswith("--") and len(arg) > 2):
         if option not in types:
-            return _fail(f"{verb} has no option {option}.{nearest(option, types)} See: nextblock {verb} --help", 2)
-        if types[option] is bool and option == arg and (i + 1 == len(args) or args[i + 1] not in ("true", "false")):
-            args[i] = f"{arg}=true"
+            return _fail(f"{verb} has no option {option}.{nearest(option, types)}{help_line}", 2)
     try:
-        given = parser.parse_args(args, defaults=False).as_dict()
+        given = parser.parse_args(_spelled_out(args, types), defaults=False).as_dict()
     except ArgumentError as error:
         told = " ".join(str(error).replace("Parser key", "option").split())
-        return _fail(f"{verb}: {told}\nSee: nextblock {verb} --help", 2)
+        return _fail(f"{verb}: {told}{help_line}", 2)
+    for name, what in needs.items():
+        if name not in given and not {"-h", "--help"} & set(args):
+            return _fail(f"{verb} needs --{name}: {what}.{help_line}", 2)
     result = job(**given)
     return 128 + result.signal if getattr(result, "signal", 0) else 0
 
 
+def _option(arg: str) -> str:
+    return "--" + arg[2:].partition("=")[0].replace("-", "_")
+
+
+def _spelled_out(args: list[str], types: dict[str, Any]) -> list[str]:
+    """Options with underscores, and switches with their value: `--flag`, `--flag no`, `--flag=0`."""
+    out: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--") or len(arg) == 2:
+            out.append(arg)
+            continue
+        option, equals, value = _option(arg), *arg.partition("=")[1:]
+        if types[option] is bool:
+            if not equals and rest and rest[0].lower() in YES_NO:
+                value = rest.pop(0)
+            equals, value = "=", YES_NO.get(value.lower(), value)
+        out.append(option + equals + value)
+    return out
+
+
 def _parser(verb: str, job: Callable[..., Any], sections: dict[str, type]) -> ArgumentParser:
-    """The job's signature as a command line: what has no default stands without dashes, sections get dotted options."""
+    """The job's signature as a command line.
+
+    What has no default stands without dashes, a list of numbers takes several, and sections get dotted options.
+    """
     from jsonargparse import ArgumentParser
 
     about = (job.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(prog=f"nextblock {verb}", description=about, exit_on_error=False)
-    required = [p.name for p in inspect.signature(job).parameters.values() if p.default is p.empty]
+    parameters = inspect.signature(job).parameters
+    required = [name for name, p in parameters.items() if p.default is p.empty]
+    lists = [name for name, p in parameters.items() if str(p.annotation) == "list[int] | None"]
     for name in required:
         parser.add_argument(name, type=str, metavar=name.upper(), nargs="+" if name == "images" else None)
+    for name in lists:
+        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help="one number or several")
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
-    parser.add_function_arguments(job, skip={*sections, *required})
+    parser.add_function_arguments(job, skip={*sections, *required, *lists})
     return parser
 
 

@@ -45,7 +45,7 @@ _MERGE = {
 
 def as_pair(value: int | Sequence[int], name: str) -> Pair:
     """Return (height, width) from one number or two; ConfigError unless all are whole and positive."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in both):
         raise ConfigError(f"{name} must be a positive whole number or (height, width); got {value!r}.")
     return both[0], both[1]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nextblock.cli import VERBS, main
@@ -111,14 +112,14 @@ def test_places_that_cannot_be_written(capsys: pytest.CaptureFixture[str], image
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("")
     message = failure(capsys, *start, "--out", tmp_path / "full")
-    assert "never overwrites" in message
+    assert "nothing is ever overwritten" in message
     assert "--resume" in message
 
 
 def test_no_run_there(capsys: pytest.CaptureFixture[str], tmp_path: Path, images: Path) -> None:
     assert "No run or weights folder" in failure(capsys, "knn", tmp_path / "none")
     assert "not a run folder" in failure(capsys, "pretrain", "--resume", tmp_path)
-    assert "not a run folder" in failure(capsys, "embed", tmp_path, images)
+    assert "not a run folder" in failure(capsys, "embed", tmp_path, images, "--out", tmp_path / "f.npz")
     assert "does not exist" in failure(capsys, "pretrain", "--resume", tmp_path / "none")
 
 
@@ -130,7 +131,7 @@ def test_cuda_where_there_is_none(
 
 
 def test_jobs_in_the_shell(capsys: pytest.CaptureFixture[str], run: Path, images: Path, tmp_path: Path) -> None:
-    code, text = told(capsys, "knn", run, "--k", "[1,3]")
+    code, text = told(capsys, "knn", run, "--k", 1, 3)
     assert code == 0
     assert "kNN accuracy, k = 1: 100.00 %" in text
     code, text = told(capsys, "embed", run, images / "top", images / "left", "--out", tmp_path / "f.parquet")
@@ -141,6 +142,31 @@ def test_jobs_in_the_shell(capsys: pytest.CaptureFixture[str], run: Path, images
     assert code == 0
     assert "1 pictures and contact-sheet.png" in text
     assert told(capsys, "doctor")[0] == 0
+
+
+def test_switches_take_any_yes_or_no(
+    capsys: pytest.CaptureFixture[str], run: Path, images: Path, tmp_path: Path
+) -> None:
+    for i, words in enumerate((["--pool", "False"], ["--pool=no"], ["--pool", "0", "--quiet"])):
+        assert told(capsys, "embed", run, images, *words, "--out", tmp_path / f"{i}.npz")[0] == 0
+        assert np.load(tmp_path / f"{i}.npz")["features"].ndim == 3
+    assert "perhaps" in failure(capsys, "embed", run, images, "--pool=perhaps", "--out", tmp_path / "x.npz")
+
+
+def test_numbers_that_make_no_sense(
+    capsys: pytest.CaptureFixture[str], run: Path, images: Path, tmp_path: Path
+) -> None:
+    assert "--most must be at least 1" in failure(capsys, "reconstruct", run, images, "--most", 0)
+    assert "--batch_size must be at least 1" in failure(capsys, "knn", run, "--batch_size", 0)
+    assert "needs --out" in failure(capsys, "embed", run, images)
+
+
+def test_a_given_image_size_is_fitted(capsys: pytest.CaptureFixture[str], images: Path) -> None:
+    for size in (32, 48, 96, 224, 100):
+        code = main(["pretrain", "--data.train", str(images), "--model.image_size_px", str(size), "--print_config"])
+        assert code == 0, capsys.readouterr().err
+        assert f"image_size_px: {size}" in capsys.readouterr().out
+    assert main(["pretrain", "--data.train", str(images), "--preset", "xtra_h14", "--print_config"]) == 0
 
 
 def test_print_config_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

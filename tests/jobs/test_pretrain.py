@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,6 @@ def test_resume_is_bit_identical(images: Path, tmp_path: Path, order: str) -> No
 
 
 def test_a_finished_run_is_left_alone_and_exported_if_it_was_not(run: Path, images: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     before = (copy / "metrics.csv").read_text()
@@ -156,7 +155,7 @@ def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_run_is_never_overwritten(run: Path, images: Path) -> None:
-    with pytest.raises(RunError, match="never overwrites"):
+    with pytest.raises(RunError, match=r"nothing is ever overwritten.*--resume"):
         start(run, str(images))
 
 
@@ -178,8 +177,6 @@ def test_resuming_with_another_configuration_is_refused(run: Path) -> None:
 
 
 def test_damaged_weights_are_refused(run: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(run / "exported", tmp_path / "weights")
     file = tmp_path / "weights" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -221,6 +218,39 @@ def test_a_run_that_cannot_start_leaves_no_folder(images: Path, tmp_path: Path) 
 def _other(images: Path, folder: Path) -> Path:
     start(folder, str(images), {"training": {"epochs": 0.3}, "watch": {"pictures": 0}})
     return folder
+
+
+def test_wrong_crops_leave_no_folder(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="scale"):
+        start(tmp_path / "run", str(images), {"data": {"crop_scale": [0.0, 2.0]}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_be_resumed_from_its_first_moment(images: Path, tmp_path: Path) -> None:
+    """As if it had been killed before the first checkpoint of its own."""
+    start(tmp_path / "whole", str(images), {"training": {"keep_checkpoints": 9}})
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    for later in sorted((cut / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+    shutil.rmtree(cut / "exported")
+    pretrain(resume=cut, quiet=True)
+    a, b = (load_file(f / "exported" / "model.safetensors") for f in (tmp_path / "whole", cut))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_watching_without_training_labels_splits_the_validation_images(images: Path, tmp_path: Path) -> None:
+    """Folders are sorted by class: both halves must hold every class."""
+    start(tmp_path / "run", str(images / "top"), {"data": {"val": str(images)}})
+    assert float(read_metrics(tmp_path / "run" / "metrics.csv")[-1]["knn"]) > 60
+
+
+def test_watching_never_ends_a_run(tmp_path: Path, images: Path) -> None:
+    broken = write_images(tmp_path / "broken", per_class=2)
+    for path in broken.rglob("*.png"):
+        path.write_bytes(b"no")
+    start(tmp_path / "run", str(images), {"data": {"val": str(broken)}})
+    assert read_metrics(tmp_path / "run" / "metrics.csv")[-1]["knn"] == ""
 
 
 def test_a_run_can_be_resumed_from_another_folder(

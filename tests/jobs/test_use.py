@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -62,23 +64,49 @@ def test_knn_on_given_and_on_the_runs_own_data(run: Path, images: Path) -> None:
     own = nb.knn(run=run, k=[1, 3], quiet=True)
     assert own[1] == 100.0  # bank and queries are the same images
     assert nb.knn(run=run, data={"train": images, "val": str(images)}, k=[1, 3], quiet=True) == own
-    with pytest.raises(DataError, match="has no labels"):
+    with pytest.raises(DataError, match="has a label"):
         nb.knn(run=run, data={"train": str(images / "top")}, quiet=True)
     with pytest.raises(ConfigError, match=r"--data\.train"):
         nb.knn(run=run / "exported", quiet=True)
+
+
+def test_knn_matches_classes_by_name(run: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "top", tmp_path / "val" / "top")
+    shutil.copytree(images / "top", tmp_path / "other" / "bottom")
+    assert nb.knn(run=run, data={"train": images, "val": tmp_path / "val"}, k=[1], quiet=True)[1] == 100.0
+    with pytest.raises(DataError, match="no class is in both"):
+        nb.knn(run=run, data={"train": images, "val": tmp_path / "other"}, quiet=True)
+
+
+def test_labels_that_come_with_the_items(run: Path) -> None:
+    class Pairs:
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            return np.full((16, 16, 3), 30 * index, dtype=np.uint8), index // 4
+
+    assert nb.knn(run=run, data={"train": Pairs(), "val": Pairs()}, k=[1], quiet=True)[1] == 100.0
+
+
+def test_tables_with_another_column_and_several_parquet_files(run: Path, images: Path, tmp_path: Path) -> None:
+    for name in ("top", "left"):
+        content = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted((images / name).iterdir())]
+        pq.write_table(pa.table({"img": content}), tmp_path / f"{name}.parquet")
+    files = [str(tmp_path / "left.parquet"), str(tmp_path / "top.parquet")]
+    made = nb.embed(run=run, images=files, image_column="img", quiet=True)
+    assert np.allclose(made.features, nb.embed(run=run, images=str(images), quiet=True).features, atol=1e-5)
 
 
 def test_reconstruct_draws_every_image_and_a_sheet(run: Path, images: Path, tmp_path: Path) -> None:
     folder = nb.reconstruct(run=run, images=str(images), out=tmp_path / "pictures", most=3, quiet=True)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["000-000.png", "001-008.png", "002-004.png", "contact-sheet.png", "reconstructions.npz"]
-    with pytest.raises(RunError, match="never overwrites"):
+    with pytest.raises(RunError, match="nothing is ever overwritten"):
         nb.reconstruct(run=run, images=str(images), out=folder, quiet=True)
 
 
 def test_a_run_without_an_export_is_used_from_its_checkpoint(run: Path, images: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("exported"))
     a, b = (nb.embed(run=r, images=str(images), quiet=True).features for r in (run, tmp_path / "copy"))
     assert np.array_equal(a, b)

@@ -173,6 +173,16 @@ def test_evaluation_is_logged_and_runs_in_eval_mode() -> None:
     assert [row["step"] for row in memory.rows if "knn" in row] == calls
 
 
+def test_every_process_records_at_the_same_steps() -> None:
+    """Recording is collective: a process that evaluates nothing must come to it all the same."""
+    told = {"first": {"knn": 1.0}, "other": {}}
+    steps = {}
+    for process, row in told.items():
+        memory, _ = run(evaluate=lambda done, row=row: dict(row), intervals=Intervals(log=4, evaluate=6))
+        steps[process] = [r["step"] for r in memory.rows]
+    assert steps["first"] == steps["other"] == [4, 6, 8, 12, 16, 18, 20]
+
+
 def test_a_stop_is_saved_at_the_next_step() -> None:
     asked = iter([False] * 6 + [True] * 100)
     memory, _ = run(stop=lambda: next(asked), intervals=Intervals(log=5, checkpoint=0))

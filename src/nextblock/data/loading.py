@@ -22,14 +22,14 @@ from nextblock.errors import DataError, NextblockError, SampleError
 TIMEOUT_S = 120
 
 
-def default_workers() -> int:
-    """How many workers suit this process: the cores it may use, less one, at most 16.
+def default_workers(processes: int = 1) -> int:
+    """How many workers suit each of so many processes: the cores it may use, less one, at most 16.
 
     One core stays with the process that drives the model: on 2 cores a second worker would only take turns with
-    it, and on 1 core a worker costs more than it brings. The ranks of a node share its cores.
+    it, and on 1 core a worker costs more than it brings. The processes of a node share its cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks = max(1, processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(0, min(16, cores // ranks - 1))
 
 
@@ -183,9 +183,11 @@ def _context() -> Any:
 def _start_worker(_: int) -> None:
     # Control-C and a scheduler's warning go to every process of the group; the main process decides.
     # Workers end when it tells them to, or when it is gone.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # A first SIGTERM is the scheduler's, to the whole group; a second one is our own process giving up on this one.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     torch.set_num_threads(1)
 
 

@@ -94,7 +94,7 @@ def reconstruct(
     Raises ConfigError when images or ordering do not fit the model.
     """
     images = images.to(device_of(model))
-    ordering = ordering or _first_ordering(model, images)
+    ordering = ordering or model.default_ordering(images)
     if ordering.entity_size != model.config.ordering.entity_size or ordering.num_entities < 2:
         raise ConfigError(
             f"the model predicts entities of {model.config.ordering.entity_size} patches and needs two of them; this "
@@ -132,11 +132,6 @@ def reconstruct(
         baseline_pixel_errors=pixel_errors("baseline"),
         normalized_cells=model.config.normalize_targets,
     )
-
-
-def _first_ordering(model: XTRA, images: Tensor) -> Ordering:
-    raster = model.encoder.ordering_for(images)
-    return model.orderings[0] if raster.grid == model.config.grid else raster
 
 
 def _places(model: XTRA, ordering: Ordering) -> Tensor:

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from nextblock.data.loading import default_workers
 from nextblock.data.sources import Source
 from nextblock.errors import SampleError
+from nextblock.ordering import as_pair
 from nextblock.xtra.config import PRESETS
 
 # side of the training image in px -> (patch px, patches along a cell); every one has 16 or more cells
@@ -65,15 +66,27 @@ def _choose_geometry(choice: Choice, source: Source, device: str) -> None:
     size = max([s for s in GEOMETRY if s <= min(side, largest)], default=min(GEOMETRY))
     why = f"the images' shorter side is about {side} px"
     why += f"; on a CPU at most {CPU_LARGEST_PX}" if size == largest == CPU_LARGEST_PX < side else ""
-    wanted = choice.given.get("model", {}).get("image_size_px")
-    if wanted in GEOMETRY:
-        size, why = wanted, "fits the given image size"
     patch, cell = GEOMETRY[size]
+    given = choice.given.get("model", {})
+    if "image_size_px" in given or "patch_size_px" in given:
+        size = min(as_pair(given.get("image_size_px", size), "image_size_px"))
+        patch, cell = _fitting(size, given.get("patch_size_px"))
+        why = "fits the given sizes"
     choice.take("model", why, image_size_px=size, patch_size_px=patch, cell_size=cell)
     if channels != 3:
         choice.take("model", "the images are gray", channels=channels)
     if size <= 64:
         choice.take("data", "small images are not cropped when evaluated", resize_px=size)
+
+
+def _fitting(size: int, patch: int | None) -> tuple[int, int]:
+    """(patch px, patches along a cell) that divide an image of `size` px into about 4×4 cells, where that can be."""
+    if not isinstance(patch, int):
+        wanted = GEOMETRY[max([s for s in GEOMETRY if s <= size], default=min(GEOMETRY))][0]
+        patch = min((p for p in range(1, size + 1) if size % p == 0), key=lambda p: abs(p - wanted))
+    grid = max(1, size // patch)
+    cell = min((k for k in range(1, grid + 1) if grid % k == 0), key=lambda k: (abs(grid / k - 4), k))
+    return patch, cell
 
 
 def _choose_sizes(choice: Choice, images: int, device: str) -> None:
@@ -92,13 +105,15 @@ def _choose_length(choice: Choice, images: int, device: str) -> None:
     else:
         batch, budget, lr_at_batch = (2048 if images >= 500_000 else 512), GPU_IMAGES, 2048
     batch = max(8, min(batch, 2 ** int(np.log2(max(8, images // 4)))))
-    epochs = round(min(800.0, max(1.0, budget / images)), 1)
+    given = choice.given.get("training", {})
+    epochs = float(given.get("epochs", round(min(800.0, max(1.0, budget / images)), 1)))
     choice.take("training", f"for {images:,} images", batch_size=batch)
-    if "lr" not in choice.given.get("training", {}):
+    if "lr" not in given:
         choice.take("training", "scaled to the batch by its square root", lr=1e-3, lr_at_batch=lr_at_batch)
-    warmup = round(epochs / 20, 2)
-    choice.take("training", f"about {epochs * images:,.0f} images seen", epochs=epochs, warmup_epochs=warmup)
-    choice.take("data", "the cores of this machine, less one", workers=default_workers())
+    seen = f"about {epochs * images:,.0f} images seen"
+    choice.take("training", seen, epochs=epochs, warmup_epochs=round(epochs / 20, 2))
+    workers = default_workers(int(given.get("devices", 1)))
+    choice.take("data", "the cores of this machine, less one", workers=workers)
 
 
 def typical_image(source: Source) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def _train(
 ) -> Path:
     console.print(f"\npre-training, {'cells' if not model else 'patches'}: {folder}", highlight=False, soft_wrap=True)
     training: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
-    pretrain(
+    done = pretrain(
         config=RECIPE,
         data={"train": (train.images, train.labels), "val": (held_out.images, held_out.labels), "workers": 0},
         model=model,
@@ -100,6 +100,8 @@ def _train(
         out=folder,
         quiet=console.quiet,
     )
+    if done is None or not done.finished:
+        raise KeyboardInterrupt  # a half-trained encoder is not to be judged
     return folder
 
 

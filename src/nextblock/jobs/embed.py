@@ -19,9 +19,10 @@ from nextblock.data.sources import Source, open_source
 from nextblock.data.stream import BadSample
 from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
-from nextblock.jobs.opening import open_model
+from nextblock.jobs.opening import one_or_many, open_model, require_positive, run_data
 
 SUFFIXES = (".parquet", ".npz")
+SHELL_NEEDS = {"out": "a new .parquet or .npz file for the features"}
 
 
 @dataclass
@@ -43,6 +44,7 @@ def embed(
     final_norm: bool = False,
     bidirectional: bool = False,
     split: str = "train",
+    image_column: str | None = None,
     batch_size: int = 64,
     workers: int = -1,
     device: str = "auto",
@@ -60,6 +62,7 @@ def embed(
         final_norm: the tokens after the encoder's final norm instead.
         bidirectional: let all tokens see each other; by default the encoder keeps its block-causal mask.
         split: which split, where the source has several.
+        image_column: of tables; the run's own when left out.
         batch_size: images per forward pass.
         workers: loading processes; -1 = chosen from the cores.
         device: "auto", "cpu" or "cuda".
@@ -67,10 +70,12 @@ def embed(
 
     Raises ConfigError, DataError, RunError or CheckpointError; broken images are left out and told.
     """
+    require_positive(batch_size=batch_size)
     console = Console(quiet=quiet)
     target = None if out is None else _new_file(Path(out))
     opened = open_model(run, device)
-    source = open_source(_one_or_many(images), split=split)
+    column = image_column or run_data(run).image_column
+    source = open_source(one_or_many(images), split=split, image_column=column)
     config = FeatureConfig(last_layers=last_layers, pool=pool, bidirectional=bidirectional, final_norm=final_norm)
     loaders = default_workers() if workers < 0 else workers
     batches = evaluation_batches(source, opened.preprocessing, batch_size=batch_size, workers=loaders)
@@ -91,11 +96,6 @@ def embed(
     _tell_bad(console, bad)
     console.print(f"{count:,} images embedded: {target}", highlight=False, soft_wrap=True)
     return target
-
-
-def _one_or_many(images: Any) -> Any:
-    """A list with one string is that string: it may be a Parquet file, a folder or a hub name."""
-    return images[0] if isinstance(images, list) and len(images) == 1 else images
 
 
 def _new_file(path: Path) -> Path:
@@ -128,9 +128,12 @@ def _require_some(count: int, bad: list[BadSample]) -> None:
 
 def _write_npz(target: Path, made: Embedded) -> None:
     beside = target.with_name(f".{target.name}.partial")
-    with _told(target), open(beside, "wb") as file:
-        np.savez(file, names=np.array(made.names), features=made.features)
-    beside.rename(target)
+    try:
+        with _told(target), open(beside, "wb") as file:
+            np.savez(file, names=np.array(made.names), features=made.features)
+        beside.rename(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _write_parquet(target: Path, batches: Iterable[Features], source: Source) -> tuple[list[BadSample], int]:
@@ -150,10 +153,13 @@ def _write_parquet(target: Path, batches: Iterable[Features], source: Source) ->
                 writer.write_table(table)
                 count += len(names)
         _require_some(count, bad)
+        if writer:
+            writer.close()
+        beside.rename(target)
     finally:
         if writer:
             writer.close()
-    beside.rename(target)
+        beside.unlink(missing_ok=True)
     return bad, count
 
 

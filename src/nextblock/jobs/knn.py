@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from rich.progress import track
 
 from nextblock.data.loading import default_workers, evaluation_batches
 from nextblock.data.sources import Source, open_source
-from nextblock.errors import ConfigError, DataError
+from nextblock.errors import ConfigError
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
 from nextblock.evaluation.knn import knn_accuracy
-from nextblock.jobs.opening import Opened, open_model
+from nextblock.jobs.classes import in_classes_of
+from nextblock.jobs.opening import Opened, open_model, require_positive, run_data
 from nextblock.recipes.config import DataConfig, typed
-from nextblock.training.run_folder import read_config
 
 SECTIONS = {"data": DataConfig}
 
@@ -48,10 +49,11 @@ def knn(
 
     Returns the accuracy in percent for each k. Raises ConfigError, DataError, RunError or CheckpointError.
     """
+    require_positive(batch_size=batch_size)
     console = Console(quiet=quiet)
     opened = open_model(run, device)
-    settings = _data(Path(run), dict(data or {}))
-    sources = {name: _open(settings, name) for name in ("train", "val")}
+    settings, objects = _data(Path(run), dict(data or {}))
+    sources = {name: _open(settings, objects, name) for name in ("train", "val")}
     config = FeatureConfig(last_layers=last_layers, bidirectional=bidirectional)
     features = {name: _features(opened, source, config, batch_size, name, console) for name, source in sources.items()}
     for name, found in features.items():
@@ -59,32 +61,29 @@ def knn(
             first = found.bad[0]
             told = f"{name}: {len(found.bad)} broken images left out; the first: {first.name}: {first.reason}"
             console.print(told, highlight=False, markup=False)
-    accuracy = knn_accuracy(features["train"], features["val"], k=k or [20], temperature=temperature)
+    queries = in_classes_of(sources["train"], sources["val"], features["val"])
+    accuracy = knn_accuracy(features["train"], queries, k=k or [20], temperature=temperature)
     for neighbours, percent in accuracy.items():
         console.print(f"kNN accuracy, k = {neighbours}: {percent:.2f} %", highlight=False)
-    bank, queries = len(features["train"].labels), len(features["val"].labels)
-    console.print(f"bank {bank:,} images, {queries:,} queries, {opened.where}", highlight=False, soft_wrap=True)
+    bank, asked = len(features["train"]), len(queries)
+    console.print(f"bank {bank:,} images, {asked:,} queries, {opened.where}", highlight=False, soft_wrap=True)
     return accuracy
 
 
-def _data(run: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The given data values, completed from the run's own configuration."""
+def _data(run: Path, given: dict[str, Any]) -> tuple[DataConfig, dict[str, Any]]:
+    """The given data values, completed from the run's own configuration; sources that are Python objects beside."""
     objects = {n: given.pop(n) for n in ("train", "val") if not isinstance(given.get(n), str | Path | None)}
-    stored = read_config(run).get("data", {}) if (run / "config.yaml").is_file() else {}
-    config = typed({"data": {**stored, **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}}}).data
-    return {"config": config, **objects}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    stored = dataclasses.asdict(run_data(run))
+    return typed({"data": {**stored, **plain}}).data, objects
 
 
-def _open(settings: dict[str, Any], name: str) -> Source:
-    config: DataConfig = settings["config"]
-    spec = settings.get(name, getattr(config, name))
+def _open(config: DataConfig, objects: Mapping[str, Any], name: str) -> Source:
+    spec = objects.get(name, getattr(config, name))
     if spec is None:
         raise ConfigError(f"kNN needs labelled images: give --data.{name} (train is the bank, val the queries).")
     split = config.train_split if name == "train" else config.val_split
-    source = open_source(spec, split=split, image_column=config.image_column, label_column=config.label_column)
-    if source.labels() is None:
-        raise DataError(f"{source.description} has no labels. Use class sub-folders, or name --data.label_column .")
-    return source
+    return open_source(spec, split=split, image_column=config.image_column, label_column=config.label_column)
 
 
 def _features(

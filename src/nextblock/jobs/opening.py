@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from nextblock.checkpoints.pretrained import load_pretrained, load_weights
 from nextblock.data.preprocess import Preprocessing
-from nextblock.errors import CheckpointError, RunError, nearest
-from nextblock.recipes.config import typed
+from nextblock.errors import CheckpointError, ConfigError, RunError, nearest
+from nextblock.recipes.config import DataConfig, typed
 from nextblock.training.checkpoint import newest_checkpoint
+from nextblock.training.launch import pick_device
 from nextblock.training.run_folder import read_config
 from nextblock.xtra.model import XTRA
 
@@ -48,13 +48,22 @@ def open_model(run: str | Path, device: str = "auto") -> Opened:
     return opened
 
 
-def pick_device(device: str) -> str:
-    """ "auto", "cpu" or "cuda" -> the device to use. Raises RunError when CUDA is asked for and absent."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("No CUDA device is usable here; `nextblock doctor` says why. Use --device cpu.")
-    return device
+def run_data(run: str | Path) -> DataConfig:
+    """The data section of a run's configuration; the default one for a folder of weights."""
+    path = Path(run)
+    return typed({"data": read_config(path).get("data", {})}).data if (path / "config.yaml").is_file() else DataConfig()
+
+
+def require_positive(**values: int) -> None:
+    """Raise ConfigError for the first value below 1, by its name."""
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"--{name} must be at least 1; got {value}.")
+
+
+def one_or_many(images: Any) -> Any:
+    """A list with one string is that string: it may be a Parquet file, a folder or a hub name."""
+    return images[0] if isinstance(images, list) and len(images) == 1 else images
 
 
 def initial_weights(where: str | Path, model: XTRA) -> None:

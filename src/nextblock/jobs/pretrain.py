@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric import Fabric
 from rich.console import Console
 
 from nextblock.errors import ConfigError
 from nextblock.jobs.choose import choose
-from nextblock.jobs.opening import initial_weights, pick_device
-from nextblock.jobs.run import Pretrained, Run, launch, open_train
+from nextblock.jobs.opening import initial_weights
+from nextblock.jobs.run import Pretrained, Run, open_train
 from nextblock.recipes.config import (
     SECTIONS,
     PretrainConfig,
@@ -28,7 +27,8 @@ from nextblock.recipes.config import (
     typed,
 )
 from nextblock.training.checkpoint import newest_checkpoint
-from nextblock.training.run_folder import claim_folder, read_config
+from nextblock.training.launch import Fabric, launch, pick_device
+from nextblock.training.run_folder import read_config
 
 # What may differ when a run goes on: nothing that changes which numbers it computes.
 FREE_ON_RESUME = {
@@ -83,19 +83,19 @@ def pretrain(
         return _resume(Path(resume), given, objects, config, preset, out, init_from, console)
     base = read_recipe(config) if config is not None else {}
     values = merge(base, preset_layer(preset), given)
-    if config is None and not print_config:
-        values = _chosen(values, objects, sized=preset is not None, console=console)
+    if config is None and not (print_config and "train" not in given.get("data", {})):
+        told = Console(stderr=True) if print_config else console
+        values = _chosen(values, objects, sized=preset is not None, console=told)
     settings = typed(values)
     if print_config:
         print(to_yaml(settings), end="")
         return None
-    run = Run(_absolute(settings), launch(settings), objects, console)
+    run = Run(_absolute(settings), launch(settings.training), objects, console)
     if init_from is not None:
         initial_weights(init_from, run.model)
     folder = _new_folder(run.fabric, out, str(config or "pretrain"))
-    if run.fabric.is_global_zero:
-        run.write_record(folder)
-    if config is None:
+    run.write_record(folder)
+    if config is None and not run.in_memory and init_from is None:
         run.say(f"the same run again: nextblock pretrain --config {folder / 'config.yaml'}")
     return run.train(folder)
 
@@ -123,7 +123,7 @@ def _resume(
             f"{folder} was started with another configuration: {told}. Leave that out, or start a new run "
             f"(--init-from {folder} takes its weights)."
         )
-    fabric = launch(settings)
+    fabric = launch(settings.training)
     run = Run(settings, fabric, objects, console)
     run.check_record(folder)
     _, state = newest_checkpoint(folder / "checkpoints", run.say)
@@ -149,19 +149,16 @@ def _take_objects(given: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _new_folder(fabric: Fabric, out: str | Path | None, name: str) -> Path:
+    """The run's folder, by the first process's clock."""
     folder = Path(out) if out is not None else Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(fabric.broadcast(str(folder)))
-    if fabric.is_global_zero:
-        claim_folder(folder)
-    fabric.barrier()
-    return folder
+    return Path(fabric.broadcast(str(folder)))
 
 
 def _chosen(
     values: dict[str, dict[str, Any]], objects: dict[str, Any], *, sized: bool, console: Console
 ) -> dict[str, dict[str, Any]]:
     """The values, completed by a choice for these images that is told (by one process)."""
-    first = typed(values)
+    first = typed({name: section for name, section in values.items() if name != "model"})
     source = open_train(first, objects)
     choice = choose(source, pick_device(first.training.device), values, sized=sized)
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -15,8 +15,7 @@ from nextblock.data.sources import open_source
 from nextblock.errors import DataError
 from nextblock.evaluation.reconstruction import reconstruct as reconstructions
 from nextblock.figures.reconstruction import draw_contact_sheet, draw_image
-from nextblock.jobs.embed import _one_or_many
-from nextblock.jobs.opening import open_model
+from nextblock.jobs.opening import one_or_many, open_model, require_positive, run_data
 from nextblock.training.run_folder import claim_folder
 
 
@@ -27,6 +26,7 @@ def reconstruct(
     out: str | Path | None = None,
     most: int = 16,
     split: str = "train",
+    image_column: str | None = None,
     device: str = "auto",
     quiet: bool = False,
 ) -> Path:
@@ -41,14 +41,17 @@ def reconstruct(
         out: a new or empty folder; by default a dated one here.
         most: no more than so many images, evenly chosen from the source.
         split: which split, where the source has several.
+        image_column: of tables; the run's own when left out.
         device: "auto", "cpu" or "cuda".
         quiet: print nothing.
 
     Returns the folder: one picture per image, `contact-sheet.png`, and the numbers in `reconstructions.npz`.
     """
+    require_positive(most=most)
     console = Console(quiet=quiet)
     opened = open_model(run, device)
-    source = open_source(_one_or_many(images), split=split)
+    column = image_column or run_data(run).image_column
+    source = open_source(one_or_many(images), split=split, image_column=column)
     count = min(most, len(source))
     indices = [i * len(source) // count for i in range(count)]
     batch = next(evaluation_batches(source, opened.preprocessing, batch_size=count, indices=indices))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -24,16 +24,16 @@ from nextblock.data.sources import Source, explain_change, fingerprint, open_sou
 from nextblock.data.stream import Batch, TrainingStream
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs.card import model_card
-from nextblock.jobs.opening import pick_device
 from nextblock.jobs.watch import Watch
 from nextblock.layers.transformer import TransformerLayer
 from nextblock.randomness import hashed, key, uniforms
 from nextblock.recipes.config import PretrainConfig, to_yaml
-from nextblock.training.loop import Intervals, Loss, Meters, train
+from nextblock.training.launch import Fabric, on_first_process
+from nextblock.training.loop import Intervals, Loss, Meters, run_state, train
 from nextblock.training.optimizer import make_optimizer
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import RunFolder, environment, to_json, write_text
+from nextblock.training.run_folder import RunFolder, claim_folder, environment, to_json, write_text
 from nextblock.training.signals import StopRequest
 from nextblock.xtra.model import XTRA
 
@@ -55,7 +55,10 @@ class Run:
         self.config, self.fabric, self.console = config, fabric, console
         self.source = open_train(config, objects)
         self.val = open_val(config, objects)
+        self.in_memory = "train" in objects
         self.preprocessing = config.data.preprocessing(config.model)
+        crop = config.data.crop(config.model)
+        self.stream = TrainingStream(self.source, config.training.seed, crop, self.preprocessing)
         self.plan = Plan(len(self.source), config.training, fabric.global_rank, fabric.world_size)
         torch.manual_seed(key(config.training.seed, "initial weights") >> 1)
         self.model = XTRA(config.model)
@@ -65,14 +68,25 @@ class Run:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def write_record(self, folder: Path) -> None:
-        """The files that say what this run is."""
-        command = "nextblock " + shlex.join(sys.argv[1:])
-        header = f"A run of nextblock, started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{command}"
-        write_text(folder / "config.yaml", to_yaml(self.config, header))
+        """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
+        problem: RunError | None = None
+        if self.fabric.is_global_zero:
+            try:
+                claim_folder(folder, f"Continue it with --resume {folder}, or choose another --out.")
+                self._write_record(folder)
+            except RunError as error:
+                problem = error
+        on_first_process(self.fabric, problem)
+
+    def _write_record(self, folder: Path) -> None:
         about = environment(self.config.training.seed, self.fabric.device.type)
         about["data"] = {"description": self.source.description, **dataclasses.asdict(fingerprint(self.source))}
         write_text(folder / "environment.json", to_json(about))
         write_manifest(self.source, folder / "data_manifest.txt.gz")
+        shell = Path(sys.argv[0]).name in ("nextblock", "cli.py")
+        command = "nextblock " + shlex.join(sys.argv[1:]) if shell else "from Python"
+        header = f"A run of nextblock, started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{command}"
+        write_text(folder / "config.yaml", to_yaml(self.config, header))
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
@@ -108,25 +122,31 @@ class Run:
             folder, images=len(self.source), max_bad_fraction=config.data.max_bad_fraction, progress=progress,
             keep_checkpoints=config.training.keep_checkpoints, start_step=start, rank=fabric.global_rank,
         )  # fmt: skip
+        if state is None:  # so that a run can be resumed from its first moment
+            recorder.save(0, run_state(model, optimizer, meters, plan, 0))
         with StopRequest() as stop, progress:
             batches = self._batches(start)
             done = train(
                 fabric, model, optimizer, batches, self._loss(), plan, self._intervals(), recorder,
-                start_step=start, meters=meters, evaluate=watch, stop_asked=stop,
+                start_step=start, meters=meters, stop_asked=stop,
+                evaluate=watch if fabric.is_global_zero else lambda done: {},
             )  # fmt: skip
         if done < plan.total_steps:
             self.say(f"stopped after step {done} of {plan.total_steps}; everything is saved. Continue with:")
-            self.say(f"  nextblock pretrain --resume {folder}")
-            return Pretrained(folder, done, finished=False, signal=stop.received)
+            again = f'nextblock.pretrain(resume="{folder}", data={{"train": ...}})  # in Python'
+            self.say(f"  {again if self.in_memory else f'nextblock pretrain --resume {folder}'}")
+            signal_number = stop.received or signal.SIGTERM if fabric.is_global_zero else 0
+            return Pretrained(folder, done, finished=False, signal=signal_number)
         self.finish(folder, watch)
         return Pretrained(folder, done, finished=True)
 
     def _batches(self, start: int) -> Iterator[Batch]:
-        config = self.config
-        stream = TrainingStream(self.source, config.training.seed, config.data.crop(config.model), self.preprocessing)
-        workers = default_workers() if config.data.workers < 0 else config.data.workers
-        pin = self.fabric.device.type == "cuda"
-        return training_batches(stream, self.plan.batches(start), workers=workers, pin_memory=pin)
+        data, fabric = self.config.data, self.fabric
+        workers = default_workers(fabric.world_size // self.config.training.nodes) if data.workers < 0 else data.workers
+        return training_batches(
+            self.stream, self.plan.batches(start), workers=workers, pin_memory=fabric.device.type == "cuda",
+            timeout_s=data.timeout_s,
+        )  # fmt: skip
 
     def _loss(self) -> Loss:
         """The loss of a batch, with drop path drawn from (seed, position) and the order from (seed, step)."""
@@ -157,12 +177,10 @@ class Run:
             checkpoint_minutes=training.checkpoint_every_minutes,
         )
 
-    def _watch(self, folder: Path) -> Watch | None:
-        if not self.fabric.is_global_zero:
-            return None
+    def _watch(self, folder: Path) -> Watch:
         return Watch(
             self.model, self.preprocessing, self.config.watch, self.source, self.val, folder,
-            self.config.training.seed,
+            self.config.training.seed, self.say,
         )  # fmt: skip
 
     def finish(self, folder: Path, watch: Watch | None = None) -> None:
@@ -199,19 +217,3 @@ def open_val(config: PretrainConfig, objects: Mapping[str, Any]) -> Source | Non
     if spec is None:
         return None
     return open_source(spec, split=data.val_split, image_column=data.image_column, label_column=data.label_column)
-
-
-def launch(config: PretrainConfig) -> Fabric:
-    training = config.training
-    device = pick_device(training.device)
-    precision = training.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    fabric = Fabric(
-        accelerator=device,
-        devices=training.devices or (torch.cuda.device_count() if device == "cuda" else 1),
-        num_nodes=training.nodes,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-    )
-    fabric.launch()
-    return fabric

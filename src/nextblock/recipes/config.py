@@ -36,6 +36,7 @@ class DataConfig:
         mean, std: per channel, of pixels in 0..1; ImageNet's when left out.
         exif_orientation: turn images as their EXIF orientation says.
         workers: loading processes; -1 = chosen from the cores.
+        timeout_s: longest wait for a batch, in seconds.
         max_bad_fraction: a run stops when more than max(10, this fraction) distinct images are broken.
     """
 
@@ -53,6 +54,7 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     exif_orientation: bool = True
     workers: int = -1
+    timeout_s: float = 300.0
     max_bad_fraction: float = 0.001
 
     def preprocessing(self, model: XTRAConfig) -> Preprocessing:

@@ -63,7 +63,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     partial = folder / f".partial-step-{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in folder.glob(".partial-step-*"):  # of a save that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir()
         digest = _write(partial / "state.pt", lambda file: torch.save(state, file))
         about = json.dumps({"step": step, "sha256": digest}).encode()

@@ -124,7 +124,8 @@ def train(
         fabric: launched; `model` and `optimizer` are set up by it.
         batches: this process's forward passes from `start_step` on, as `plan.batches(start_step)` lists them.
         loss_of: (model, batch on the device, step) -> mean loss over the batch's images, a scalar.
-        evaluate: called with the steps done, between steps, in eval mode; returns columns to log.
+        evaluate: called with the steps done, between steps, in eval mode; returns columns to log. Every process
+            hands one in, or none does.
 
     Raises RunError after too many steps in a row without a finite loss and gradient.
     """
@@ -153,17 +154,19 @@ def train(
             now = time.monotonic()
             row |= {"lr": plan.lr(step), "images_per_s": images / max(now - since, 1e-9)}
             since, images = now, 0
-        if evaluate and (last or (intervals.evaluate and done % intervals.evaluate == 0)):
+        looking = evaluate is not None and (last or (intervals.evaluate > 0 and done % intervals.evaluate == 0))
+        if evaluate and looking:
             model.eval()
             row |= evaluate(done)
             model.train()
             since, images = time.monotonic(), 0
-        if row:
+        if logging or looking:  # on every process alike: recording is collective
             recorder.log({"step": done, "samples": done * plan.config.batch_size, "epoch": plan.epoch(done)} | row)
         if last or stopping or intervals.checkpoint_due(done, logging, fabric):
-            recorder.save(done, _state(model, optimizer, meters, plan, done))
+            recorder.save(done, run_state(model, optimizer, meters, plan, done))
             intervals.saved_at = time.monotonic()
         if stopping:
+            fabric.barrier()  # nobody leaves before the checkpoint is whole
             return done
     return plan.total_steps
 
@@ -226,7 +229,10 @@ def _guard(meters: Meters, plan: Plan) -> None:
     )
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, meters: Meters, plan: Plan, done: int) -> dict[str, Any]:
+def run_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, meters: Meters, plan: Plan, done: int
+) -> dict[str, Any]:
+    """What a checkpoint holds after `done` steps: all that the next step depends on."""
     inner = getattr(model, "module", model)
     return {
         "model": inner.state_dict(),

@@ -84,15 +84,12 @@ def _commit() -> str | None:
         return None
 
 
-def claim_folder(path: Path) -> None:
-    """Make a new, empty folder. Raises RunError when it holds something or cannot be written."""
+def claim_folder(path: Path, advice: str = "Choose another --out.") -> None:
+    """Make a new, empty folder. Raises RunError, ending in `advice`, when it holds something or cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
-            raise RunError(
-                f"{path} is not empty, and a run never overwrites. Continue it with --resume {path}, "
-                f"or choose another --out."
-            )
+            raise RunError(f"{path} is not empty, and nothing is ever overwritten. {advice}")
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
@@ -103,7 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The stored configuration of a run. Raises RunError when `path` is not a run folder."""
     file = path / "config.yaml"
     if not file.is_file():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir() and p != path] if path.parent.is_dir() else []
         what = "holds no config.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
         raise RunError(f"{path} {what}.{nearest(path.name, siblings)}")
     values: dict[str, Any] = yaml.safe_load(file.read_text())

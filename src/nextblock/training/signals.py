@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -37,3 +38,4 @@ class StopRequest:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        print("\nstopping when this step is done and saved; Ctrl-C again stops at once", file=sys.stderr, flush=True)

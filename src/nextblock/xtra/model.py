@@ -192,13 +192,13 @@ class XTRA(nn.Module):
         """
         if not 0 <= head < len(self.heads):
             raise ConfigError(f"head must be between 0 and {len(self.heads) - 1}; got {head}.")
-        x = self._predictor_outputs(images, ordering or self.encoder.ordering_for(images), drop_last=False)
+        x = self._predictor_outputs(images, ordering or self.default_ordering(images), drop_last=False)
         predicted: Tensor = self.heads[head](x)
         return predicted
 
     def targets(self, images: Tensor, ordering: Ordering | None = None) -> Tensor:
         """The pixels of every cell, [B, K, C·(k·p)²], cells in order, before per-cell normalisation."""
-        return entity_pixels(images, self.config.patch, ordering or self.encoder.ordering_for(images))
+        return entity_pixels(images, self.config.patch, ordering or self.default_ordering(images))
 
     def loss(self, images: Tensor, ordering: Ordering | None = None, uniforms: Tensor | None = None) -> Tensor:
         """Next-cell regression, a scalar.
@@ -212,7 +212,7 @@ class XTRA(nn.Module):
         The last entity is left out of the sequence: nothing is predicted from it and nothing earlier sees it,
         so loss and gradients are those of the full sequence.
         """
-        ordering = ordering or self._default_ordering(images)
+        ordering = ordering or self.default_ordering(images)
         self._check(ordering)
         x = self._predictor_outputs(images, ordering, drop_last=True, uniforms=uniforms)
         predictions = [head(x[:, : x.shape[1] - i]) for i, head in enumerate(self.heads)]
@@ -224,7 +224,8 @@ class XTRA(nn.Module):
     # The loss is also the module's call, so that wrappers which hook the call (DDP, compile) see it.
     forward = loss
 
-    def _default_ordering(self, images: Tensor) -> Ordering:
+    def default_ordering(self, images: Tensor) -> Ordering:
+        """The first configured order; raster-order cells for images of another size than that of training."""
         found = self.encoder.ordering_for(images)
         return self.orderings[0] if found.grid == self.config.grid else found
 

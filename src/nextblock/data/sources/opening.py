@@ -60,6 +60,8 @@ def open_source(
         paths = [os.path.expanduser(os.fspath(item)) for item in spec]
         for path in paths:
             _require_path(path)
+        if all(path.endswith(".parquet") for path in paths):
+            return table.open_parquet(paths, f"{len(paths)} Parquet files", split, True, image_column, label_column)
         return open_files(paths)
     if hasattr(spec, "__len__") and hasattr(spec, "__getitem__") and not isinstance(spec, bytes | dict):
         return ObjectSource(spec, image_column, label_column)
