@@ -27,7 +27,7 @@ from nextblock.training.run_folder import claim_folder, to_json, write_text
 from nextblock.xtra.model import Encoder
 
 RECIPE = "xtra_digits"
-PER_ORIGINAL = 6
+PER_ORIGINAL = 5
 RANDOM_SEEDS = 3
 PICTURED = 6
 CHANCE = 10.0
