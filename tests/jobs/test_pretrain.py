@@ -68,6 +68,18 @@ def test_workers_and_accumulation_do_not_change_the_run(run: Path, images: Path,
 
 
 @pytest.mark.parametrize("order", ["raster", "pseudo_random"])
+def test_a_run_in_bf16(images: Path, tmp_path: Path, order: str) -> None:
+    changes = {"training": {"precision": "bf16"}, "model": {"order": order, "drop_path": 0.1}}
+    start(tmp_path / "bf16", str(images), changes)
+    start(tmp_path / "fp32", str(images), {"model": changes["model"]})
+    bf16, fp32 = ([float(r["loss"]) for r in read_metrics(tmp_path / n / "metrics.csv")] for n in ("bf16", "fp32"))
+    assert bf16 == pytest.approx(fp32, rel=0.02)
+    assert bf16 != fp32
+    tensors = load_file(tmp_path / "bf16" / "exported" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("order", ["raster", "pseudo_random"])
 def test_resume_is_bit_identical(images: Path, tmp_path: Path, order: str) -> None:
     sections = {"model": {"order": order, "drop_path": 0.2}, "training": {"keep_checkpoints": 5}}
     start(tmp_path / "whole", str(images), sections)

@@ -151,7 +151,7 @@ class Run:
     def _loss(self) -> Loss:
         """The loss of a batch, with drop path drawn from (seed, position) and the order from (seed, step)."""
         config, preprocessing, seed = self.config.model, self.preprocessing, self.config.training.seed
-        orderings = self.model.orderings
+        orders = len(self.model.orderings)
 
         def loss_of(model: nn.Module, batch: Batch, step: int) -> Tensor:
             images = normalize(batch.images, batch.flip, preprocessing)
@@ -160,8 +160,7 @@ class Run:
                 numbers = uniforms(seed, "drop path", batch.positions.numpy(), 2 * config.depth)
                 drawn = torch.from_numpy(numbers).float().view(-1, config.depth, 2)
                 drawn = drawn.to(images.device, non_blocking=True)
-            ordering = orderings[int(hashed(seed, "order", step)) % len(orderings)]
-            loss: Tensor = model(images, ordering, drawn)
+            loss: Tensor = model(images, int(hashed(seed, "order", step)) % orders, drawn)
             return loss
 
         return loss_of

@@ -58,7 +58,9 @@ class TrainingProgress:
             return
         self._last_line = now
         seconds = (now - self._started) / max(1, step - self._start_step) * (self.total - step)
-        self.console.print(f"step {step}/{self.total}  {numbers}  left {_clock(seconds)}", highlight=False)
+        self.console.print(
+            f"step {step}/{self.total}  {numbers}  left {_clock(seconds)}", highlight=False, soft_wrap=True
+        )
 
     def note(self, message: str) -> None:
         """A sentence that must not be lost, above the bar."""

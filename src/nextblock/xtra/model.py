@@ -221,8 +221,9 @@ class XTRA(nn.Module):
             targets = normalize_cells(targets)
         return next_entity_loss(predictions, targets, self.config.pixel_loss)
 
-    # The loss is also the module's call, so that wrappers which hook the call (DDP, compile) see it.
-    forward = loss
+    def forward(self, images: Tensor, order: int = 0, uniforms: Tensor | None = None) -> Tensor:
+        """The loss under `orderings[order]`, as the module's call, which wrappers (DDP, precision) hook."""
+        return self.loss(images, self.orderings[order], uniforms)
 
     def default_ordering(self, images: Tensor) -> Ordering:
         """The first configured order; raster-order cells for images of another size than that of training."""
