@@ -89,6 +89,8 @@ def _call(verb: str, job: Callable[..., Any], sections: dict[str, type], needs: 
         given = parser.parse_args(_spelled_out(args, types), defaults=False).as_dict()
     except ArgumentError as error:
         told = " ".join(str(error).replace("Parser key", "option").split())
+        if "unrecognized arguments" in told and "data" in sections:
+            told += ". Images are given with --data.train PATH"
         return _fail(f"{verb}: {told}{help_line}", 2)
     for name, what in needs.items():
         if name not in given and not {"-h", "--help"} & set(args):

@@ -52,7 +52,6 @@ def test_the_error_is_the_training_loss(case: str) -> None:
         loss = next_entity_loss([model.predict(images, 0, ordering)[:, :-1]], targets)
     assert_close(recs.prediction_errors.mean(), float(loss), 1e-5)
     assert recs.prediction_errors.shape == (3, ordering.num_entities - 1)
-    assert recs.mean_errors()["prediction_errors"].shape == (3,)
 
 
 @pytest.mark.parametrize("case", CASES)

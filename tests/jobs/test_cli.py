@@ -51,6 +51,7 @@ def test_wrong_verbs_and_options_name_the_nearest(capsys: pytest.CaptureFixture[
         capsys, "pretrain", "--init-from", "none", "--config", "xtra_cifar10", "--data.train", images
     )
     assert "run" in failure(capsys, "knn")
+    assert "--data.train" in failure(capsys, "pretrain", images)
 
 
 def test_wrong_recipes_presets_and_keys_name_the_nearest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

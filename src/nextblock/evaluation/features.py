@@ -85,7 +85,6 @@ def extract(
     config: FeatureConfig = FeatureConfig(),
     *,
     device: torch.device | str | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Features:
     """The features of all images, in memory: M·D·4 bytes (M·N·D·4 unpooled), for a moment twice that.
 
@@ -95,18 +94,10 @@ def extract(
         preprocessing: of the encoder.
         config: which numbers.
         device: the encoder is moved there and stays; absent: where it is. bfloat16 autocast on CUDA only.
-        progress: called after every batch with the images done so far.
 
     Raises DataError when there are no images, ConfigError when they do not fit the encoder.
     """
-    parts: list[Features] = []
-    done = 0
-    for part in extract_batches(encoder, batches, preprocessing, config, device=device):
-        parts.append(part)
-        done += len(part)
-        if progress is not None:
-            progress(done)
-    return Features.joined(parts)
+    return Features.joined(list(extract_batches(encoder, batches, preprocessing, config, device=device)))
 
 
 def extract_batches(

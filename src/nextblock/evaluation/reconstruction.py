@@ -57,11 +57,6 @@ class Reconstructions:
     def __len__(self) -> int:
         return len(self.originals)
 
-    def mean_errors(self) -> dict[str, NDArray[np.float32]]:
-        """Each of the four errors as its mean over cells 1..K-1, [B]."""
-        names = [field.name for field in dataclasses.fields(self) if field.name.endswith("errors")]
-        return {name: getattr(self, name).mean(1) for name in names}
-
     def save(self, path: str | Path) -> None:
         """As a compressed .npz file; its folder is made when needed."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -206,7 +206,7 @@ def open_train(config: PretrainConfig, objects: Mapping[str, Any]) -> Source:
     data = config.data
     spec = objects.get("train", data.train)
     if spec is None:
-        raise ConfigError("No images to train on. Give a folder, Parquet files or hf:NAME with --data.train .")
+        raise ConfigError("No images to train on. Give a folder, Parquet files or hf:NAME with --data.train PATH.")
     return open_source(spec, split=data.train_split, image_column=data.image_column, label_column=data.label_column)
 
 
