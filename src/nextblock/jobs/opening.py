@@ -74,6 +74,6 @@ def initial_weights(where: str | Path, model: XTRA) -> None:
     changed = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k in shaping and theirs[k] != ours[k]]
     if changed:
         raise CheckpointError(
-            f"{other.where} is of another configuration: {'; '.join(changed)}. Give the same sizes with --model.NAME options."
+            f"{other.where} is of another configuration: {'; '.join(changed)}. Give the same --model sizes."
         )
     load_weights(model, other.model.state_dict(), str(other.where))
