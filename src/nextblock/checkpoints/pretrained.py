@@ -12,22 +12,22 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextblock.errors import CheckpointError, ConfigError
+from nextblock.xtra.classifier import Classifier, HeadConfig
 from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.model import XTRA
 
-MODEL_TYPE = "xtra"
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 
 
-def save_pretrained(folder: Path, model: XTRA, preprocessing: Mapping[str, Any], card: str) -> Path:
+def save_pretrained(folder: Path, model: XTRA | Classifier, preprocessing: Mapping[str, Any], card: str) -> Path:
     """Write the folder whole or not at all, in place of an older one.
 
     Args:
         folder: where; made new.
-        model: the whole model, encoder and predictor.
+        model: the whole model, encoder and predictor, or encoder and head.
         preprocessing: plain values that say how an image becomes the model's input.
         card: the model card, Markdown.
     """
@@ -36,11 +36,7 @@ def save_pretrained(folder: Path, model: XTRA, preprocessing: Mapping[str, Any],
     beside.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": MODEL_TYPE,
-        "config": model.config.to_dict(),
-        "sha256": _sha256(beside / "model.safetensors"),
-    }
+    config = _described(model) | {"sha256": _sha256(beside / "model.safetensors")}
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (beside / "preprocessor_config.json").write_text(json.dumps(dict(preprocessing), indent=2) + "\n")
     (beside / "README.md").write_text(card)
@@ -53,7 +49,26 @@ def save_pretrained(folder: Path, model: XTRA, preprocessing: Mapping[str, Any],
     return folder
 
 
-def load_pretrained(folder: Path) -> tuple[XTRA, dict[str, Any]]:
+def _described(model: XTRA | Classifier) -> dict[str, Any]:
+    """What config.json says of a model, enough to make one of the same kind and sizes."""
+    described: dict[str, Any] = {"model_type": "xtra", "config": model.config.to_dict()}
+    if isinstance(model, Classifier):
+        head = {"head": model.head_config.to_dict(), "classes": list(model.classes)}
+        return described | {"model_type": "xtra_classifier"} | head
+    return described
+
+
+def _made(about: Mapping[str, Any], where: Path) -> XTRA | Classifier:
+    """The inverse of `_described`."""
+    config = XTRAConfig.from_dict(about["config"])
+    if about["model_type"] == "xtra":
+        return XTRA(config)
+    if about["model_type"] == "xtra_classifier":
+        return Classifier(config, HeadConfig.from_dict(about["head"]), about["classes"])
+    raise CheckpointError(f"{where}/config.json is of a '{about['model_type']}' model, which is unknown here.")
+
+
+def load_pretrained(folder: Path) -> tuple[XTRA | Classifier, dict[str, Any]]:
     """The model and its preprocessing values, checked by hash and by name.
 
     Raises CheckpointError when a file is missing, damaged, or holds other weights than config.json describes.
@@ -61,11 +76,9 @@ def load_pretrained(folder: Path) -> tuple[XTRA, dict[str, Any]]:
     try:
         about = json.loads((folder / "config.json").read_text())
         preprocessing: dict[str, Any] = json.loads((folder / "preprocessor_config.json").read_text())
-        if about.get("model_type") != MODEL_TYPE:
-            raise CheckpointError(f"{folder}/config.json is of a '{about.get('model_type')}' model, not of XTRA.")
         if _sha256(folder / "model.safetensors") != about.get("sha256"):
             raise CheckpointError(f"{folder}/model.safetensors is damaged: its SHA-256 is not that in config.json.")
-        model = XTRA(XTRAConfig.from_dict(about["config"]))
+        model = _made(about, folder)
         load_weights(model, load_file(folder / "model.safetensors"), str(folder))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a weights folder: {Path(error.filename).name} is missing.") from error
@@ -74,7 +87,7 @@ def load_pretrained(folder: Path) -> tuple[XTRA, dict[str, Any]]:
     return model, preprocessing
 
 
-def load_weights(model: XTRA, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Strict: every tensor there, of the right shape, and no other. Raises CheckpointError with the lists."""
     expected = model.state_dict()
     missing = [name for name in expected if name not in tensors]

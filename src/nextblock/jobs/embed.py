@@ -19,7 +19,7 @@ from nextblock.data.sources import Source, open_source
 from nextblock.data.stream import BadSample
 from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
-from nextblock.jobs.opening import one_or_many, open_model, require_positive, run_data
+from nextblock.jobs.opening import one_or_many, open_encoder, require_positive, run_data
 
 SUFFIXES = (".parquet", ".npz")
 SHELL_NEEDS = {"out": "a new .parquet or .npz file for the features"}
@@ -73,7 +73,7 @@ def embed(
     require_positive(batch_size=batch_size)
     console = Console(quiet=quiet)
     target = None if out is None else _new_file(Path(out))
-    opened = open_model(run, device)
+    opened = open_encoder(run, device)
     column = image_column or run_data(run).image_column
     source = open_source(one_or_many(images), split=split, image_column=column)
     config = FeatureConfig(last_layers=last_layers, pool=pool, bidirectional=bidirectional, final_norm=final_norm)
@@ -81,7 +81,7 @@ def embed(
     batches = evaluation_batches(source, opened.preprocessing, batch_size=batch_size, workers=loaders)
     steps = -(-len(source) // batch_size)
     shown = track(
-        extract_batches(opened.model.encoder, batches, opened.preprocessing, config),
+        extract_batches(opened.encoder, batches, opened.preprocessing, config),
         total=steps, description="embedding", console=console, disable=not console.is_terminal,
     )  # fmt: skip
     if target is not None and target.suffix == ".parquet":

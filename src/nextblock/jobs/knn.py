@@ -16,7 +16,7 @@ from nextblock.errors import ConfigError
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
 from nextblock.evaluation.knn import knn_accuracy
 from nextblock.jobs.classes import in_classes_of
-from nextblock.jobs.opening import Opened, open_model, require_positive, run_data
+from nextblock.jobs.opening import OpenedEncoder, open_encoder, require_positive, run_data
 from nextblock.recipes.config import DataConfig, typed
 
 SECTIONS = {"data": DataConfig}
@@ -51,7 +51,7 @@ def knn(
     """
     require_positive(batch_size=batch_size)
     console = Console(quiet=quiet)
-    opened = open_model(run, device)
+    opened = open_encoder(run, device)
     settings, objects = _data(Path(run), dict(data or {}))
     sources = {name: _open(settings, objects, name) for name in ("train", "val")}
     config = FeatureConfig(last_layers=last_layers, bidirectional=bidirectional)
@@ -87,10 +87,10 @@ def _open(config: DataConfig, objects: Mapping[str, Any], name: str) -> Source:
 
 
 def _features(
-    opened: Opened, source: Source, config: FeatureConfig, batch_size: int, name: str, console: Console
+    opened: OpenedEncoder, source: Source, config: FeatureConfig, batch_size: int, name: str, console: Console
 ) -> Features:
     batches = evaluation_batches(source, opened.preprocessing, batch_size=batch_size, workers=default_workers())
-    found = extract_batches(opened.model.encoder, batches, opened.preprocessing, config)
+    found = extract_batches(opened.encoder, batches, opened.preprocessing, config)
     steps = -(-len(source) // batch_size)
     told = f"features of {name}"
     return Features.joined(

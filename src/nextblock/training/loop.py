@@ -26,6 +26,7 @@ from nextblock.training.plan import Plan
 
 Loss = Callable[[nn.Module, Batch, int], Tensor]
 Evaluate = Callable[[int], dict[str, float]]
+Update = Callable[[Fabric, nn.Module, Any, Tensor, Plan, int], tuple[Tensor, Tensor]]
 
 
 class Recorder(Protocol):
@@ -116,6 +117,8 @@ def train(
     start_step: int = 0,
     meters: Meters | None = None,
     evaluate: Evaluate | None = None,
+    update: Update | None = None,
+    extra_state: Callable[[], dict[str, Any]] = dict,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train from `start_step` to the end of the plan, or until a stop is asked for; return the steps done.
@@ -126,6 +129,8 @@ def train(
         loss_of: (model, batch on the device, step) -> mean loss over the batch's images, a scalar.
         evaluate: called with the steps done, between steps, in eval mode; returns columns to log. Every process
             hands one in, or none does.
+        update: takes the gradients to new weights, see `clipped_update`, which it is when absent.
+        extra_state: what a checkpoint holds besides `run_state`, for example an average of the weights.
 
     Raises RunError after too many steps in a row without a finite loss and gradient.
     """
@@ -134,11 +139,8 @@ def train(
     since, images = time.monotonic(), 0
     for step in range(start_step, plan.total_steps):
         torch.manual_seed(key(plan.config.seed, f"step{step}/rank{plan.rank}") >> 1)
-        set_lr(optimizer, plan.lr(step))
         loss = _accumulate(fabric, model, batches, loss_of, plan, step, recorder)
-        norm = gradient_norm(model)
-        good = _agreed(fabric, torch.isfinite(norm) & torch.isfinite(loss))
-        clipped_step(optimizer, norm, good, plan.config.clip_grad_norm)
+        norm, good = (update or clipped_update)(fabric, model, optimizer, loss, plan, step)
         optimizer.zero_grad(set_to_none=True)
         meters.update(step, loss, norm, good)
 
@@ -163,12 +165,26 @@ def train(
         if logging or looking:  # on every process alike: recording is collective
             recorder.log({"step": done, "samples": done * plan.config.batch_size, "epoch": plan.epoch(done)} | row)
         if last or stopping or intervals.checkpoint_due(done, logging, fabric):
-            recorder.save(done, run_state(model, optimizer, meters, plan, done))
+            recorder.save(done, run_state(model, optimizer, meters, plan, done) | extra_state())
             intervals.saved_at = time.monotonic()
         if stopping:
             fabric.barrier()  # nobody leaves before the checkpoint is whole
             return done
     return plan.total_steps
+
+
+def clipped_update(
+    fabric: Fabric, model: nn.Module, optimizer: Any, loss: Tensor, plan: Plan, step: int
+) -> tuple[Tensor, Tensor]:
+    """One step at the plan's learning rate, clipped, or none where loss or gradient is not finite.
+
+    Returns the gradient's norm and whether the step was taken, both on the device and the same on all processes.
+    """
+    set_lr(optimizer, plan.lr(step))
+    norm = gradient_norm(model)
+    good = agreed(fabric, torch.isfinite(norm) & torch.isfinite(loss))
+    clipped_step(optimizer, norm, good, plan.config.clip_grad_norm)
+    return norm, good
 
 
 def _accumulate(
@@ -207,8 +223,8 @@ def _reduced(fabric: Fabric, value: Tensor) -> Tensor:
     return mean
 
 
-def _agreed(fabric: Fabric, good: Tensor) -> Tensor:
-    """True when it is true on every process."""
+def agreed(fabric: Fabric, good: Tensor) -> Tensor:
+    """True where it is true on every process; any shape."""
     return good if fabric.world_size == 1 else _reduced(fabric, good.float()) == 1.0
 
 

@@ -71,10 +71,14 @@ class Plan:
 
     def lr(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then half a cosine to the final rate at the last step."""
-        config, peak = self.config, self.config.peak_lr
-        total = self.total_steps
+        peak = self.config.peak_lr
+        return self.lr_of(step, peak, self.config.final * peak)
+
+    def lr_of(self, step: int, peak: float, final: float) -> float:
+        """The same schedule for any peak and last learning rate."""
+        config, total = self.config, self.total_steps
         warmup = min(config.warmup_epochs * self.steps_per_epoch, MAX_WARMUP_FRACTION * total)
         if step < warmup:
             return peak * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
         done = min(1.0, (step - warmup) / max(1.0, total - 1 - warmup))
-        return peak * (config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2)
+        return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2

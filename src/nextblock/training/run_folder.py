@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ class RunFolder:
         progress: where a person sees the numbers.
         keep_checkpoints: of the newest.
         start_step: rows after this step are dropped from metrics.csv (they will be made again).
+        columns: of metrics.csv.
     """
 
     def __init__(
@@ -129,8 +131,9 @@ class RunFolder:
         keep_checkpoints: int = 2,
         start_step: int = 0,
         rank: int = 0,
+        columns: Sequence[str] = COLUMNS,
     ) -> None:
-        self.path, self.progress, self.rank = path, progress, rank
+        self.path, self.progress, self.rank, self.columns = path, progress, rank, tuple(columns)
         self.keep_checkpoints = keep_checkpoints
         self.max_bad = max(10, int(max_bad_fraction * images))
         self.bad = dict.fromkeys(_column(path / "bad_samples.csv", "name"))
@@ -148,7 +151,7 @@ class RunFolder:
         row = row | {"bad_samples": float(len(self.bad))}
         if self.rank == 0:
             with open(self.path / "metrics.csv", "a", newline="") as file:
-                csv.DictWriter(file, COLUMNS).writerow({k: repr(v) for k, v in row.items()})
+                csv.DictWriter(file, self.columns).writerow({k: repr(v) for k, v in row.items()})
             if self._tensorboard:
                 for name, value in row.items():
                     self._tensorboard.add_scalar(name, value, int(row["step"]))
@@ -197,8 +200,8 @@ class RunFolder:
     def _start_metrics(self, start_step: int) -> None:
         file = self.path / "metrics.csv"
         rows = read_metrics(file) if file.exists() else []
-        lines = [",".join(COLUMNS)]
-        lines += [",".join(row[c] for c in COLUMNS) for row in rows if int(row["step"]) <= start_step]
+        lines = [",".join(self.columns)]
+        lines += [",".join(row[c] for c in self.columns) for row in rows if int(row["step"]) <= start_step]
         write_text(file, "\n".join(lines) + "\n")
 
 
