@@ -57,6 +57,7 @@ def test_the_commands_run_in_the_order_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEXTBLOCK_CACHE", str(tmp_path / "cache"))
     write_images(tmp_path / "photos", per_class=6)
     small = tiny()
     for command in commands():

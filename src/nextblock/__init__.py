@@ -1,7 +1,7 @@
 """nextblock: learn from images by predicting the next entity of a picture.
 
-One keyword-only function per job (`pretrain`, `knn`, `embed`, `reconstruct`, `demo`, `doctor`) and the
-building blocks. Names are imported when first used, so that `import nextblock` is quick.
+One keyword-only function per job (`pretrain`, `probe`, `finetune`, `knn`, `predict`, `embed`, ...) and the building
+blocks. Names are imported when first used, so that `import nextblock` is quick.
 """
 
 from __future__ import annotations
@@ -20,22 +20,30 @@ _HOMES = {
     "Encoder": "nextblock.xtra.model",
     "load_official_xtra": "nextblock.checkpoints.official",
     "open_source": "nextblock.data.sources",
+    "datasets": "nextblock.jobs.datasets",
     "demo": "nextblock.jobs.demo",
     "doctor": "nextblock.jobs.doctor",
     "embed": "nextblock.jobs.embed",
+    "ImageFeatures": "nextblock.jobs.image_features",
     "knn": "nextblock.jobs.knn",
+    "predict": "nextblock.jobs.predict",
     "pretrain": "nextblock.jobs.pretrain",
+    "probe": "nextblock.jobs.probe",
     "reconstruct": "nextblock.jobs.reconstruct",
 }
 
 if TYPE_CHECKING:
     from nextblock.checkpoints.official import load_official_xtra
     from nextblock.data.sources import open_source
+    from nextblock.jobs.datasets import datasets
     from nextblock.jobs.demo import demo
     from nextblock.jobs.doctor import doctor
     from nextblock.jobs.embed import embed
+    from nextblock.jobs.image_features import ImageFeatures
     from nextblock.jobs.knn import knn
+    from nextblock.jobs.predict import predict
     from nextblock.jobs.pretrain import pretrain
+    from nextblock.jobs.probe import probe
     from nextblock.jobs.reconstruct import reconstruct
     from nextblock.mask import block_causal_mask, teacher_forcing_mask
     from nextblock.ordering import Ordering
@@ -45,16 +53,20 @@ if TYPE_CHECKING:
 __all__ = [
     "XTRA",
     "Encoder",
+    "ImageFeatures",
     "Ordering",
     "XTRAConfig",
     "block_causal_mask",
+    "datasets",
     "demo",
     "doctor",
     "embed",
     "knn",
     "load_official_xtra",
     "open_source",
+    "predict",
     "pretrain",
+    "probe",
     "reconstruct",
     "teacher_forcing_mask",
 ]

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 VERBS = {
     "demo": ("nextblock.jobs.demo", "see it work on scattered handwritten digits, nothing to download"),
     "pretrain": ("nextblock.jobs.pretrain", "pre-train an encoder on images"),
+    "probe": ("nextblock.jobs.probe", "how good is it? linear and attentive probes, a grid in one pass"),
+    "datasets": ("nextblock.jobs.datasets", "which benchmark data sets there are, and which are here"),
     "knn": ("nextblock.jobs.knn", "how good is it? weighted kNN accuracy"),
+    "predict": ("nextblock.jobs.predict", "classes of images, by a probe or a fine-tuned model"),
     "embed": ("nextblock.jobs.embed", "features of images, to a file"),
     "reconstruct": ("nextblock.jobs.reconstruct", "pictures of the next-cell predictions"),
     "doctor": ("nextblock.jobs.doctor", "what is this machine missing?"),
@@ -117,8 +120,19 @@ def _spelled_out(args: list[str], types: dict[str, Any]) -> list[str]:
             if not equals and rest and rest[0].lower() in YES_NO:
                 value = rest.pop(0)
             equals, value = "=", YES_NO.get(value.lower(), value)
+        elif "." in option and _takes_several(types[option]):
+            words = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                words.append(rest.pop(0))
+            given = " ".join(words)
+            plain = given.startswith(("[", "(", "null")) or (len(words) == 1 and "..." not in str(types[option]))
+            equals, value = "=", given if plain else f"[{', '.join(given.split())}]"
         out.append(option + equals + value)
     return out
+
+
+def _takes_several(kind: Any) -> bool:
+    return any(word in str(kind) for word in ("tuple[", "list["))
 
 
 def _parser(verb: str, job: Callable[..., Any], sections: dict[str, type]) -> ArgumentParser:
@@ -132,14 +146,17 @@ def _parser(verb: str, job: Callable[..., Any], sections: dict[str, type]) -> Ar
     parser = ArgumentParser(prog=f"nextblock {verb}", description=about, exit_on_error=False)
     parameters = inspect.signature(job).parameters
     required = [name for name, p in parameters.items() if p.default is p.empty]
+    optional = ["run"] if "run" in parameters and "run" not in required else []
     lists = [name for name, p in parameters.items() if str(p.annotation) == "list[int] | None"]
     for name in required:
         parser.add_argument(name, type=str, metavar=name.upper(), nargs="+" if name == "images" else None)
+    for name in optional:
+        parser.add_argument(name, type=str, metavar=name.upper(), nargs="?")
     for name in lists:
         parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help="one number or several")
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
-    parser.add_function_arguments(job, skip={*sections, *required, *lists})
+    parser.add_function_arguments(job, as_group=False, skip={*sections, *required, *optional, *lists})
     return parser
 
 

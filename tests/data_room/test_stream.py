@@ -1,6 +1,7 @@
 """The stream is a pure function of (seed, position), and broken samples are replaced by one."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 from PIL import Image
 
 from nextblock.data.augment import CropConfig
+from nextblock.data.erasing import prepare
 from nextblock.data.preprocess import Preprocessing
+from nextblock.data.randaugment import OPERATIONS, RandAugment
 from nextblock.data.sources import open_source
 from nextblock.data.stream import Batch, TrainingStream, locate
-from nextblock.errors import DataError
+from nextblock.errors import ConfigError, DataError
+from nextblock.randomness import uniforms
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (23, 12, 14, 3), dtype=np.uint8)
 
@@ -21,7 +25,7 @@ def make_stream(items: object = (PIXELS, np.arange(23)), seed: int = 0, **crop: 
 
 
 def same(a: Batch, b: Batch) -> bool:
-    fields = ("images", "labels", "flip", "positions", "indices")
+    fields = ("images", "labels", "flip", "positions", "indices", "erase", "noise")
     return all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields) and a.bad == b.bad
 
 
@@ -112,3 +116,70 @@ def test_batch_moves_to_a_device() -> None:
     batch = make_stream().load([0, 1])
     assert same(batch.to("cpu"), batch)
     assert batch.to("meta").images.device.type == "meta"
+
+
+def make_augmented(randaugment: RandAugment | None, erasing: float = 0.0, seed: int = 0) -> TrainingStream:
+    source = open_source((PIXELS, np.arange(23)))
+    return TrainingStream(source, seed, CropConfig((8, 8)), Preprocessing((8, 8)), randaugment, erasing)
+
+
+def test_augmented_batches_do_not_depend_on_how_positions_are_grouped() -> None:
+    stream = make_augmented(RandAugment(), 0.5)
+    whole, preprocessing = stream.load(range(60)), stream.preprocessing
+    prepared = prepare(whole, preprocessing)
+    for position in (0, 1, 17, 59):
+        alone = stream.load([position])
+        assert torch.equal(prepare(alone, preprocessing)[0], prepared[position])
+        assert torch.equal(alone.erase[0], whole.erase[position])
+    scattered = stream.load([40, 3, 22])
+    assert torch.equal(prepare(scattered, preprocessing), prepared[[40, 3, 22]])
+    assert 15 <= int((whole.erase[:, 2] > 0).sum()) <= 45
+    assert len(whole.noise.unique()) == 60
+    other = make_augmented(RandAugment(), 0.5, seed=1).load(range(60))
+    assert not torch.equal(other.erase, whole.erase)
+
+
+def test_augmentation_leaves_everything_else_as_it_was() -> None:
+    plain, augmented = make_stream().load(range(60)), make_augmented(RandAugment(probability=1), 1.0).load(range(60))
+    for field in ("labels", "flip", "positions", "indices"):
+        assert torch.equal(getattr(plain, field), getattr(augmented, field))
+    assert not plain.erase.any()
+    assert not plain.noise.any()
+    changed = (plain.images != augmented.images).flatten(1).any(1)
+    assert changed.float().mean() > 0.8
+    assert same(make_augmented(RandAugment(probability=0), 0.0).load(range(60)), plain)
+
+
+def test_mirroring_comes_before_randaugment() -> None:
+    augment = RandAugment(probability=1)
+    plain, augmented = make_stream().load(range(80)), make_augmented(augment).load(range(80))
+    assert OPERATIONS.index("shear_y") in (uniforms(0, "randaugment", range(80), 8)[:, 0] * 15).astype(int)
+    for row, u in enumerate(uniforms(0, "randaugment", range(80), 8)):
+        image = plain.images[row].numpy()
+        expected = augment.apply(image[:, ::-1] if plain.flip[row] else image, u)
+        seen = augmented.images[row].numpy()
+        assert np.array_equal(seen[:, ::-1] if augmented.flip[row] else seen, expected)
+
+
+def test_gray_and_other_channels_with_randaugment() -> None:
+    source, crop = open_source(PIXELS), CropConfig((8, 6))
+    stream = TrainingStream(source, 0, crop, Preprocessing((8, 6), channels=1, mean=(0.2,)), RandAugment(), 1.0)
+    batch = stream.load(range(4))
+    assert batch.images.shape == (4, 8, 6, 1)
+    assert stream.randaugment is not None
+    assert stream.randaugment.fill == (51,)
+    with pytest.raises(ConfigError, match="these have 5"):
+        TrainingStream(source, 0, crop, Preprocessing((8, 6), channels=5), RandAugment())
+    with pytest.raises(ConfigError, match="erasing must be a probability from 0 to 1, got 2"):
+        TrainingStream(source, 0, crop, Preprocessing((8, 6)), None, 2)
+
+
+def test_augmented_streams_and_batches_can_be_sent() -> None:
+    stream = make_augmented(RandAugment.parse("rand-m9-mstd0.5-inc1"), 0.5)
+    batch = stream.load(range(12))
+    assert same(pickle.loads(pickle.dumps(stream)).load(range(12)), batch)
+    assert same(pickle.loads(pickle.dumps(batch)), batch)
+    assert same(batch.to("cpu"), batch)
+    # the host must know how much is erased
+    assert batch.to("meta").erase.device.type == "cpu"
+    assert stream.load([]).erase.shape == (0, 4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from nextblock.data.augment import CROP_UNIFORMS, CropConfig, crop_box, random_resized_crop
 from nextblock.data.decode import decode
+from nextblock.data.erasing import ERASE_UNIFORMS, NOTHING, erase_box
 from nextblock.data.preprocess import Preprocessing
+from nextblock.data.randaugment import RandAugment
 from nextblock.data.sources import Source
-from nextblock.errors import DataError, SampleError
+from nextblock.errors import ConfigError, DataError, SampleError
 from nextblock.randomness import hashed, shuffled, uniforms
 
 ATTEMPTS = 100
@@ -40,7 +42,9 @@ class Batch:
 
     images: uint8 [B, H, W, C]. labels: int64 [B], -1 where there is none. flip: bool [B], to be mirrored on the
     device. positions: int64 [B], global sample positions (in evaluation, indices). indices: int64 [B], the
-    samples really used. bad: the samples that could not be.
+    samples really used. bad: the samples that could not be. erase: int64 [B, 4], top, left, height and width of the
+    box to be erased on the device after mirroring, height 0 for none; noise: int64 [B], 64 random bits for what
+    fills it; both zeros where not given.
     """
 
     images: Tensor
@@ -49,6 +53,14 @@ class Batch:
     positions: Tensor
     indices: Tensor
     bad: list[BadSample]
+    erase: Tensor = field(default_factory=lambda: torch.zeros(0, len(NOTHING), dtype=torch.int64))
+    noise: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.erase) == 0:
+            self.erase = self.erase.new_zeros(len(self), len(NOTHING))
+        if len(self.noise) == 0:
+            self.noise = self.noise.new_zeros(len(self))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,7 +72,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """A copy with the pixels, flips and labels on `device`; does not wait when the memory is pinned.
 
-        Positions and indices stay: what is drawn from them is drawn on the host.
+        Positions and indices stay: what is drawn from them is drawn on the host. So do `erase` and `noise`: how many
+        pixels are erased must be known without waiting for the device.
         """
         moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("images", "labels", "flip")}
         return dataclasses.replace(self, **moved)
@@ -89,13 +102,30 @@ def locate(seed: int, positions: ArrayLike, length: int) -> tuple[NDArray[np.int
 
 
 class TrainingStream:
-    """Shuffled, cropped and mirrored samples of a source, for ever. Picklable when the source is."""
+    """Shuffled, cropped and mirrored samples of a source, for ever. Picklable when the source is.
 
-    def __init__(self, source: Source, seed: int, crop: CropConfig, preprocessing: Preprocessing) -> None:
+    randaugment: what is changed after cropping, filled with the preprocessing's mean where it names no colour.
+    erasing: the probability of a box to be erased; see `erasing.prepare`, which does it.
+    Raises ConfigError when `randaugment` does not take so many channels or `erasing` is no probability.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        crop: CropConfig,
+        preprocessing: Preprocessing,
+        randaugment: RandAugment | None = None,
+        erasing: float = 0.0,
+    ) -> None:
+        if not 0 <= erasing <= 1:
+            raise ConfigError(f"erasing must be a probability from 0 to 1, got {erasing}")
         self.source = source
         self.seed = seed
         self.crop = crop
         self.preprocessing = preprocessing
+        self.randaugment = None if randaugment is None else randaugment.filled(preprocessing.mean or ())
+        self.erasing = erasing
 
     def load(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` [B], in that order.
@@ -106,6 +136,7 @@ class TrainingStream:
         where = np.asarray(positions, dtype=np.int64)
         _, indices = locate(self.seed, where, len(self.source))
         draws = uniforms(self.seed, "crop", where, CROP_UNIFORMS + 1)
+        flip = draws[:, CROP_UNIFORMS] < self.crop.flip
         shape = (len(where), *self.crop.size_px, self.preprocessing.channels)
         images = np.empty(shape, dtype=np.uint8)
         labels = np.full(len(where), -1, dtype=np.int64)
@@ -115,14 +146,37 @@ class TrainingStream:
             box = crop_box(pixels.shape[0], pixels.shape[1], self.crop, draws[row, :CROP_UNIFORMS])
             images[row] = random_resized_crop(pixels, box, self.crop.size_px)
             labels[row] = -1 if label is None else label
+        self._augment(images, flip, where)
         return Batch(
             images=torch.from_numpy(images),
             labels=torch.from_numpy(labels),
-            flip=torch.from_numpy(draws[:, CROP_UNIFORMS] < self.crop.flip),
+            flip=torch.from_numpy(flip),
             positions=torch.from_numpy(where.copy()),
             indices=torch.from_numpy(indices),
             bad=bad,
+            **self._erased(where),
         )
+
+    def _augment(self, images: NDArray[np.uint8], flip: NDArray[np.bool_], where: NDArray[np.int64]) -> None:
+        """RandAugment of the crops [B, H, W, C], in place."""
+        if self.randaugment is None:
+            return
+        draws = uniforms(self.seed, "randaugment", where, self.randaugment.uniforms_needed)
+        for row, mirrored in enumerate(flip):
+            # Mirroring comes first, though the device does it last: a vertical shear holds the left edge, so signs
+            # alone do not make the order irrelevant. What the device will mirror is augmented as in a mirror.
+            seen = images[row, :, ::-1] if mirrored else images[row]
+            changed = self.randaugment.apply(seen, draws[row])
+            images[row] = changed[:, ::-1] if mirrored else changed
+
+    def _erased(self, where: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The batch's `erase` and `noise`."""
+        if self.erasing == 0:
+            return {}
+        draws = uniforms(self.seed, "erase", where, ERASE_UNIFORMS)
+        boxes = np.array([erase_box(*self.crop.size_px, self.erasing, u) for u in draws], dtype=np.int64)
+        noise = hashed(self.seed, "erase noise", where).view(np.int64)
+        return {"erase": torch.from_numpy(boxes.reshape(-1, len(NOTHING))), "noise": torch.from_numpy(noise)}
 
     def _sample(self, position: int, index: int, bad: list[BadSample]) -> tuple[NDArray[np.uint8], int | None, int]:
         """Pixels [H, W, C], label and index of the first readable sample for `position`."""

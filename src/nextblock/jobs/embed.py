@@ -17,9 +17,9 @@ from rich.progress import track
 from nextblock.data.loading import default_workers, evaluation_batches
 from nextblock.data.sources import Source, open_source
 from nextblock.data.stream import BadSample
-from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
 from nextblock.jobs.opening import one_or_many, open_encoder, require_positive, run_data
+from nextblock.jobs.output import new_file, require_some, tell_bad, written_whole
 
 SUFFIXES = (".parquet", ".npz")
 SHELL_NEEDS = {"out": "a new .parquet or .npz file for the features"}
@@ -72,7 +72,7 @@ def embed(
     """
     require_positive(batch_size=batch_size)
     console = Console(quiet=quiet)
-    target = None if out is None else _new_file(Path(out))
+    target = None if out is None else new_file(out, SUFFIXES)
     opened = open_encoder(run, device)
     column = image_column or run_data(run).image_column
     source = open_source(one_or_many(images), split=split, image_column=column)
@@ -90,22 +90,12 @@ def embed(
         made = _collect(shown, source)
         bad, count = made.bad, len(made.names)
         if target is None:
-            _tell_bad(console, bad)
+            tell_bad(console, bad)
             return made
         _write_npz(target, made)
-    _tell_bad(console, bad)
+    tell_bad(console, bad)
     console.print(f"{count:,} images embedded: {target}", highlight=False, soft_wrap=True)
     return target
-
-
-def _new_file(path: Path) -> Path:
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"--out must end in {' or '.join(SUFFIXES)}; got {path.name}.")
-    if path.exists():
-        raise RunError(f"{path} exists already and is not overwritten. Choose another --out.")
-    if not path.parent.is_dir():
-        raise RunError(f"The folder {path.parent} does not exist. Make it, or choose another --out.")
-    return path
 
 
 def _collect(batches: Iterable[Features], source: Source) -> Embedded:
@@ -117,32 +107,21 @@ def _collect(batches: Iterable[Features], source: Source) -> Embedded:
         bad += batch.bad
         if len(batch):
             values.append(batch.values)
-    _require_some(len(names), bad)
+    require_some(len(names), bad)
     return Embedded(names, np.concatenate(values), bad)
 
 
-def _require_some(count: int, bad: list[BadSample]) -> None:
-    if not count:
-        raise DataError(f"none of the {len(bad)} images can be decoded; the first: {bad[0].name}: {bad[0].reason}.")
-
-
 def _write_npz(target: Path, made: Embedded) -> None:
-    beside = target.with_name(f".{target.name}.partial")
-    try:
-        with _told(target), open(beside, "wb") as file:
-            np.savez(file, names=np.array(made.names), features=made.features)
-        beside.rename(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(target) as beside, open(beside, "wb") as file:
+        np.savez(file, names=np.array(made.names), features=made.features)
 
 
 def _write_parquet(target: Path, batches: Iterable[Features], source: Source) -> tuple[list[BadSample], int]:
     """One row group per batch, so that memory stays that of one batch."""
-    beside = target.with_name(f".{target.name}.partial")
     bad: list[BadSample] = []
     writer, count = None, 0
-    try:
-        with _told(target):
+    with written_whole(target) as beside:
+        try:
             for batch in batches:
                 bad += batch.bad
                 if not len(batch.indices):
@@ -152,14 +131,10 @@ def _write_parquet(target: Path, batches: Iterable[Features], source: Source) ->
                 writer = writer or pq.ParquetWriter(beside, table.schema)
                 writer.write_table(table)
                 count += len(names)
-        _require_some(count, bad)
-        if writer:
-            writer.close()
-        beside.rename(target)
-    finally:
-        if writer:
-            writer.close()
-        beside.unlink(missing_ok=True)
+        finally:
+            if writer:
+                writer.close()
+        require_some(count, bad)
     return bad, count
 
 
@@ -169,24 +144,3 @@ def _nested(values: NDArray[np.float32]) -> pa.Array:
     for size in reversed(values.shape[1:]):
         array = pa.FixedSizeListArray.from_arrays(array, size)
     return array
-
-
-class _told:
-    """Turns what the file system refuses into a RunError."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise RunError(f"cannot write {self.target}: {error.strerror or error}. Choose another --out.") from error
-
-
-def _tell_bad(console: Console, bad: list[BadSample]) -> None:
-    for sample in bad[:5]:
-        console.print(f"left out: {sample.name}: {sample.reason}", highlight=False, markup=False)
-    if len(bad) > 5:
-        console.print(f"left out: {len(bad) - 5} more", highlight=False)

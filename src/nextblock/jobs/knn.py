@@ -10,8 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from nextblock.data.labelled import open_labelled
 from nextblock.data.loading import default_workers, evaluation_batches
+from nextblock.data.selection import few_shot as chosen_few
 from nextblock.data.sources import Source, open_source
+from nextblock.data.sources.views import Subset, known_labels
 from nextblock.errors import ConfigError
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
 from nextblock.evaluation.knn import knn_accuracy
@@ -25,7 +28,12 @@ SECTIONS = {"data": DataConfig}
 def knn(
     *,
     run: str | Path,
+    dataset: Any = None,
+    test: Any = None,
+    data_root: str | Path | None = None,
     data: Mapping[str, Any] | None = None,
+    few_shot: int = 0,
+    seed: int = 0,
     k: list[int] | None = None,
     temperature: float = 0.07,
     last_layers: int = 1,
@@ -38,7 +46,14 @@ def knn(
 
     Args:
         run: a run folder, or a folder of exported weights.
-        data: the labelled images: `train` is the bank, `val` the queries; the run's own when left out.
+        dataset: the labelled images: a benchmark's name, a folder with train/ and test/ or with one sub-folder for
+            each class, Parquet or hf:NAME; in Python also (images, labels) or any source.
+        test: the queries, where they are not part of the data set; 20 % are held out where there are none.
+        data_root: folder of the benchmark data sets; $NEXTBLOCK_DATA or ./datasets when left out.
+        data: instead of a data set, `train` is the bank and `val` the queries; the run's own when left out. Its
+            columns and splits hold for a data set as well.
+        few_shot: so many images of each class in the bank; 0 = all.
+        seed: decides which images are the few, and which are held out.
         k: numbers of neighbours, [20] when left out.
         temperature: of the vote, exp(cosine similarity / temperature).
         last_layers: features are the mean over the outputs of so many last layers and over tokens.
@@ -50,10 +65,17 @@ def knn(
     Returns the accuracy in percent for each k. Raises ConfigError, DataError, RunError or CheckpointError.
     """
     require_positive(batch_size=batch_size)
+    if few_shot < 0:
+        raise ConfigError(f"--few_shot must be 0 (all images) or more; got {few_shot}.")
     console = Console(quiet=quiet)
     opened = open_encoder(run, device)
-    settings, objects = _data(Path(run), dict(data or {}))
-    sources = {name: _open(settings, objects, name) for name in ("train", "val")}
+    if dataset is not None:
+        sources = _of_dataset(dataset, test, data_root, dict(data or {}), seed, console)
+    else:
+        sources = _of_data(Path(run), test, dict(data or {}))
+    if few_shot:
+        bank = sources["train"]
+        sources["train"] = Subset(bank, chosen_few(known_labels(bank), few_shot, seed))
     config = FeatureConfig(last_layers=last_layers, bidirectional=bidirectional)
     features = {name: _features(opened, source, config, batch_size, name, console) for name, source in sources.items()}
     for name, found in features.items():
@@ -65,9 +87,35 @@ def knn(
     accuracy = knn_accuracy(features["train"], queries, k=k or [20], temperature=temperature)
     for neighbours, percent in accuracy.items():
         console.print(f"kNN accuracy, k = {neighbours}: {percent:.2f} %", highlight=False)
-    bank, asked = len(features["train"]), len(queries)
-    console.print(f"bank {bank:,} images, {asked:,} queries, {opened.where}", highlight=False, soft_wrap=True)
+    told = f"bank {len(features['train']):,} images, {len(queries):,} queries, {opened.where}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
     return accuracy
+
+
+def _of_dataset(
+    dataset: Any, test: Any, root: str | Path | None, data: dict[str, Any], seed: int, console: Console
+) -> dict[str, Source]:
+    """The bank and the queries of a data set; `data` may name its columns and splits."""
+    if data.get("train") is not None or data.get("val") is not None:
+        raise ConfigError("give the labelled images as either --dataset or --data.train and --data.val, not both.")
+    settings = typed({"data": data}).data
+    found = open_labelled(
+        dataset, test=test, root=root, seed=seed,
+        train_split=settings.train_split if "train_split" in data else None,
+        test_split=settings.val_split if "val_split" in data else None,
+        image_column=settings.image_column, label_column=settings.label_column,
+    )  # fmt: skip
+    if found.note:
+        console.print(f"{found.name}: {found.note}", highlight=False, markup=False)
+    return {"train": found.train, "val": found.test}
+
+
+def _of_data(run: Path, test: Any, data: dict[str, Any]) -> dict[str, Source]:
+    """The bank and the queries of a `data` section."""
+    if test is not None:
+        raise ConfigError("--test belongs to a --dataset. The queries of --data.train are --data.val.")
+    settings, objects = _data(run, data)
+    return {name: _open(settings, objects, name) for name in ("train", "val")}
 
 
 def _data(run: Path, given: dict[str, Any]) -> tuple[DataConfig, dict[str, Any]]:
@@ -81,7 +129,9 @@ def _data(run: Path, given: dict[str, Any]) -> tuple[DataConfig, dict[str, Any]]
 def _open(config: DataConfig, objects: Mapping[str, Any], name: str) -> Source:
     spec = objects.get(name, getattr(config, name))
     if spec is None:
-        raise ConfigError(f"kNN needs labelled images: give --data.{name} (train is the bank, val the queries).")
+        raise ConfigError(
+            f"kNN needs labelled images: give --dataset NAME, or --data.{name} (train is the bank, val the queries)."
+        )
     split = config.train_split if name == "train" else config.val_split
     return open_source(spec, split=split, image_column=config.image_column, label_column=config.label_column)
 

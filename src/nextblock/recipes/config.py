@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -106,6 +106,8 @@ class PretrainConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
+Section = TypeVar("Section")
+
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "model": XTRAConfig,
@@ -190,11 +192,25 @@ def preset_layer(preset: str | None) -> dict[str, Any]:
 
 def typed(values: Mapping[str, Any]) -> PretrainConfig:
     """Plain sections as the dataclasses, with types checked. Raises ConfigError in one sentence."""
+    check_keys(values, "configuration")
+    return PretrainConfig(**_instantiated(SECTIONS, values))
+
+
+def typed_section(name: str, kind: type[Section], values: Mapping[str, Any]) -> Section:
+    """One section by itself, for jobs that have others than pre-training. Raises ConfigError in one sentence."""
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"there is no '{name}.{key}'.{nearest(key, known)}")
+    made: Section = _instantiated({name: kind}, {name: dict(values)})[name]
+    return made
+
+
+def _instantiated(sections: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
 
-    check_keys(values, "configuration")
     parser = ArgumentParser(exit_on_error=False)
-    for section, kind in SECTIONS.items():
+    for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
     try:
         made = parser.instantiate(parser.parse_object(copy.deepcopy(dict(values))))
@@ -205,7 +221,7 @@ def typed(values: Mapping[str, Any]) -> PretrainConfig:
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(str(cause) if cause else " ".join(str(error).split())) from error
-    return PretrainConfig(**{section: getattr(made, section) for section in SECTIONS})
+    return {section: getattr(made, section) for section in sections}
 
 
 def to_values(config: PretrainConfig) -> dict[str, Any]:

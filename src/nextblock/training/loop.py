@@ -18,15 +18,23 @@ from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
-from nextblock.data.stream import BadSample, Batch
+from nextblock.data.stream import BadSample
 from nextblock.errors import RunError
 from nextblock.randomness import key
 from nextblock.training.optimizer import clipped_step, gradient_norm, set_lr
 from nextblock.training.plan import Plan
 
-Loss = Callable[[nn.Module, Batch, int], Tensor]
+Loss = Callable[[nn.Module, Any, int], Tensor]
 Evaluate = Callable[[int], dict[str, float]]
 Update = Callable[[Fabric, nn.Module, Any, Tensor, Plan, int], tuple[Tensor, Tensor]]
+
+
+class TrainingBatch(Protocol):
+    """What the loop needs of a batch; `loss_of` knows the rest. See `data.stream.Batch`."""
+
+    bad: list[BadSample]
+
+    def to(self, device: torch.device) -> TrainingBatch: ...
 
 
 class Recorder(Protocol):
@@ -108,7 +116,7 @@ def train(
     fabric: Fabric,
     model: _FabricModule,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[Batch],
+    batches: Iterator[Any],
     loss_of: Loss,
     plan: Plan,
     intervals: Intervals,
@@ -190,7 +198,7 @@ def clipped_update(
 def _accumulate(
     fabric: Fabric,
     model: _FabricModule,
-    batches: Iterator[Batch],
+    batches: Iterator[Any],
     loss_of: Loss,
     plan: Plan,
     step: int,
@@ -200,7 +208,7 @@ def _accumulate(
     passes = plan.micro_batches(step)
     total = torch.zeros((), device=fabric.device)
     for i, positions in enumerate(passes):
-        batch = next(batches)
+        batch: TrainingBatch = next(batches)
         if batch.bad:
             recorder.add_bad_samples(batch.bad)
         batch = batch.to(fabric.device)

@@ -1,15 +1,22 @@
-"""Where images come from: one small protocol, and a way to open each kind of source."""
+"""Where images come from: one small protocol, a way to open each kind of source, and views of sources."""
 
 from nextblock.data.sources.manifest import Fingerprint, explain_change, fingerprint, write_manifest
 from nextblock.data.sources.opening import open_source
 from nextblock.data.sources.protocol import Sample, Source
+from nextblock.data.sources.views import Joined, Relabelled, Subset, class_names, known_labels, renumbered
 
 __all__ = [
     "Fingerprint",
+    "Joined",
+    "Relabelled",
     "Sample",
     "Source",
+    "Subset",
+    "class_names",
     "explain_change",
     "fingerprint",
+    "known_labels",
     "open_source",
+    "renumbered",
     "write_manifest",
 ]

@@ -1,0 +1,170 @@
+"""A suite of data sets, one after the other, each in a folder of its own; what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nextblock.data.named import data_root, find, named
+from nextblock.data.named.published import PUBLISHED, SUITES
+from nextblock.errors import ConfigError, DataError, NextblockError, RunError, nearest
+from nextblock.figures.suite import draw_suite
+from nextblock.jobs.probe_report import Probed, read_result
+from nextblock.training.run_folder import to_json, write_text
+
+SIGNATURE = "suite.json"
+HEAD_KEYS = ("lr", "weight_decay", "layers", "mean_per_class", "macro_f1")
+
+
+@dataclass
+class Suite:
+    """rows: one for each data set: `dataset`, `status` ("done", "missing", "failed", "stopped") and accuracies."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    signal: int = 0
+
+
+def run_suite(
+    suite: str, root: str | Path | None, folder: Path, console: Console, one: Callable[[str, Path], Probed]
+) -> Suite:
+    """Probe each data set of the suite that is on this machine; `one` does it in a folder.
+
+    A data set that fails is told, and the next one is taken. Raises ConfigError for an unknown suite, RunError for
+    a folder that is no suite's, DataError when none of the data sets is here.
+    """
+    if suite not in SUITES:
+        raise ConfigError(f"There is no suite '{suite}'.{nearest(suite, SUITES)} Suites: {', '.join(SUITES)}.")
+    names = SUITES[suite]
+    here = [name for name in names if find(name, data_root(root)) is not None]
+    if not here:
+        raise DataError(
+            f"None of the {len(names)} data sets of {suite} is in {data_root(root)}. `nextblock datasets` says how to "
+            "get each; --data_root names their folder."
+        )
+    _claim(folder, suite)
+    console.print(f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}", highlight=False)
+    rows: list[dict[str, Any]] = []
+    stopped = 0
+    for name in here:
+        console.print(f"\n{named(name).title}", style="bold", highlight=False)
+        try:
+            done = one(name, folder / name)
+        except NextblockError as error:
+            console.print(f"failed: {error}", highlight=False, markup=False, soft_wrap=True)
+            rows.append({"dataset": name, "status": "failed", "reason": str(error)})
+            continue
+        if done.signal:
+            stopped = done.signal
+            rows.append({"dataset": name, "status": "stopped"})
+            break
+        rows.append(row_of(name, folder / name))
+        _write(folder, suite, rows, names)
+    told = {row["dataset"] for row in rows}
+    rows += [
+        {"dataset": name, "status": "not begun" if name in here else "missing"} for name in names if name not in told
+    ]
+    rows.sort(key=lambda row: names.index(row["dataset"]))
+    _write(folder, suite, rows, names)
+    _tell(console, folder, suite, rows)
+    return Suite(folder, rows, stopped)
+
+
+def row_of(name: str, folder: Path) -> dict[str, Any]:
+    """The accuracies of a finished probe, best head of each kind."""
+    result = read_result(folder)
+    assert result is not None
+    row: dict[str, Any] = {"dataset": name, "status": "done", "protocol": result["protocol"]}
+    for kind in ("linear", "attentive"):
+        mine = [head for head in result["rows"] if head["kind"] == kind]
+        if mine:
+            best = max(mine, key=lambda head: head["chosen_by"])
+            row[kind] = best["test_top1"]
+            row[f"{kind}_head"] = {
+                key: best[key] for key in ("lr", "weight_decay", "layers", "mean_per_class", "macro_f1")
+            }
+    return row
+
+
+def mean_of(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
+    values = [row[kind] for row in rows if row.get(kind) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _claim(folder: Path, suite: str) -> None:
+    file = folder / SIGNATURE
+    if file.is_file():
+        if json.loads(file.read_text()).get("suite") != suite:
+            raise RunError(f"{folder} holds another suite. Choose another --out.")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty, and nothing is ever overwritten. Choose another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, to_json({"suite": suite}))
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+
+
+def _write(folder: Path, suite: str, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """results.jsonl, table.md and the picture, of what is known now."""
+    write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "table.md", _markdown(suite, rows))
+    done = [row for row in rows if row["status"] == "done"]
+    if done:
+        drawn = [{"name": named(row["dataset"]).title, "linear": row.get("linear"), "attentive": row.get("attentive"),
+                  "published": _published(row["dataset"])} for row in done]  # fmt: skip
+        draw_suite(drawn, folder / "figures" / "suite.png", title=f"{suite}: frozen encoder")
+
+
+def _published(name: str) -> dict[str, float]:
+    return {row.model: row.accuracy[name] for row in PUBLISHED if name in row.accuracy}
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The lines of the table: a data set each, then the means."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    lines = []
+    for row in rows:
+        published = _published(row["dataset"])
+        own = [percent(row.get(kind)) for kind in ("linear", "attentive")]
+        if row["status"] != "done":
+            own = [row["status"], ""]
+        lines.append([named(row["dataset"]).title, *own, *(percent(published.get(p.model)) for p in PUBLISHED)])
+    means = [percent(mean_of(rows, kind)) for kind in ("linear", "attentive")]
+    done = sum(row["status"] == "done" for row in rows)
+    lines.append([f"mean of {done} (published: of {len(rows)})", *means, *(percent(p.mean) for p in PUBLISHED)])
+    return lines
+
+
+def _header() -> list[str]:
+    return ["data set", "linear", "attentive", *(p.model for p in PUBLISHED)]
+
+
+def _markdown(suite: str, rows: Sequence[dict[str, Any]]) -> str:
+    lines = [_header(), ["---"] * len(_header()), *_cells(rows)]
+    protocols = sorted({row["protocol"].split(" on ")[0] for row in rows if "protocol" in row})
+    note = f"Top-1 accuracy in percent, frozen encoder; {'; '.join(protocols)}. Published columns: attentive probes."
+    return f"# {suite}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
+
+
+def _tell(console: Console, folder: Path, suite: str, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(*_header(), title=f"{suite}: top-1 accuracy in percent; published columns are attentive probes")
+    cells = _cells(rows)
+    for line in cells[:-1]:
+        table.add_row(*line)
+    table.add_section()
+    table.add_row(*cells[-1])
+    console.print(table)
+    console.print(
+        f"everything is in {folder}: results.jsonl, table.md, figures/suite.png", highlight=False, soft_wrap=True
+    )
