@@ -1,0 +1,62 @@
+"""Several seeds of several arms: every one as a dot, their mean, and an interval around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from nextblock.errors import DataError
+from nextblock.figures.canvas import FAINT, save
+from nextblock.figures.probe import ACCURACY, KINDS, plain
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, lower, upper) by Student's t over the seeds; a single seed has no interval: NaN twice."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = float(student.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def draw_seeds(
+    arms: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, *, title: str = "", baseline: str = ""
+) -> Path:
+    """One row for each arm, a panel for each kind of probe.
+
+    Args:
+        arms: arm -> kind ("linear", "attentive") -> accuracy in percent of each seed; a kind may be absent.
+        path: of the picture; returned.
+        title: above it.
+        baseline: the arm whose best seed is drawn as a dashed line through each panel.
+
+    Raises DataError when there is no number.
+    """
+    kinds = [kind for kind in KINDS if any(found.get(kind) for found in arms.values())]
+    if not kinds:
+        raise DataError("There is no accuracy to draw.")
+    figure = Figure(figsize=(1.8 + 4.2 * len(kinds), 1.2 + 0.42 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for kind, axes in zip(kinds, panels, strict=True):
+        for row, found in enumerate(arms.values()):
+            values = list(found.get(kind, ()))
+            if not values:
+                continue
+            mean, low, high = interval(values)
+            axes.plot(values, [row] * len(values), "o", color=KINDS[kind], markersize=5, alpha=0.55)
+            axes.plot([mean], [row], "|", color="black", markersize=14, markeredgewidth=2)
+            if len(values) > 1:
+                axes.plot([low, high], [row, row], color="black", linewidth=1.2)
+        if arms.get(baseline, {}).get(kind):
+            axes.axvline(max(arms[baseline][kind]), color=FAINT, linestyle="--", linewidth=1)
+        axes.set_title(f"{kind} probe")
+        axes.set_xlabel(ACCURACY)
+        plain(axes)
+    panels[0].set_yticks(range(len(arms)), list(arms))
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.suptitle(title)
+    return save(figure, path)
