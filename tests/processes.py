@@ -6,14 +6,14 @@ import os
 import subprocess
 import sys
 
-COMMAND = [sys.executable, "-m", "nextblock.cli", "pretrain"]
+COMMAND = [sys.executable, "-m", "nextblock.cli"]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], verb: str = "pretrain") -> subprocess.Popen[str]:
     """In a process group of its own, so that workers are killed with it."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        COMMAND + arguments,
+        [*COMMAND, verb, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

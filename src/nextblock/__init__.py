@@ -24,6 +24,7 @@ _HOMES = {
     "demo": "nextblock.jobs.demo",
     "doctor": "nextblock.jobs.doctor",
     "embed": "nextblock.jobs.embed",
+    "finetune": "nextblock.jobs.finetune",
     "ImageFeatures": "nextblock.jobs.image_features",
     "knn": "nextblock.jobs.knn",
     "predict": "nextblock.jobs.predict",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from nextblock.jobs.demo import demo
     from nextblock.jobs.doctor import doctor
     from nextblock.jobs.embed import embed
+    from nextblock.jobs.finetune import finetune
     from nextblock.jobs.image_features import ImageFeatures
     from nextblock.jobs.knn import knn
     from nextblock.jobs.predict import predict
@@ -61,6 +63,7 @@ __all__ = [
     "demo",
     "doctor",
     "embed",
+    "finetune",
     "knn",
     "load_official_xtra",
     "open_source",

@@ -18,6 +18,7 @@ VERBS = {
     "demo": ("nextblock.jobs.demo", "see it work on scattered handwritten digits, nothing to download"),
     "pretrain": ("nextblock.jobs.pretrain", "pre-train an encoder on images"),
     "probe": ("nextblock.jobs.probe", "how good is it? linear and attentive probes, a grid in one pass"),
+    "finetune": ("nextblock.jobs.finetune", "train encoder and head together on labelled images"),
     "datasets": ("nextblock.jobs.datasets", "which benchmark data sets there are, and which are here"),
     "knn": ("nextblock.jobs.knn", "how good is it? weighted kNN accuracy"),
     "predict": ("nextblock.jobs.predict", "classes of images, by a probe or a fine-tuned model"),

@@ -140,6 +140,18 @@ def test_one_head_that_diverges_takes_no_other_with_it(monkeypatch: pytest.Monke
     assert all(torch.isfinite(value).all() for value in grid.head_state(len(SPECS)).values())
 
 
+def test_a_batch_that_is_not_finite_is_skipped_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = batch(7)
+    for tokens in broken.inputs.values():
+        tokens[0, 0, 0] = float("nan")
+    original = batch
+    monkeypatch.setitem(globals(), "batch", lambda step: broken if step == 7 else original(step))
+    grid, training, recorder = trained(SPECS)
+    assert not training.diverged.any()
+    assert recorder.rows[-1]["skipped"] == 1
+    assert all(torch.isfinite(value).all() for value in grid.state_dict().values())
+
+
 def test_predictions_and_the_classifier_agree() -> None:
     grid, _, _ = trained(SPECS)
     test = [batch(100), batch(101)]

@@ -223,3 +223,17 @@ def test_truncated_images_are_told_and_left_out(capsys: pytest.CaptureFixture[st
     code, text = told(capsys, "embed", run, folder, "--out", tmp_path / "f.npz")
     assert code == 0
     assert "left out: top/000.png" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_what_it_does(verb: str) -> None:
+    from importlib import import_module
+
+    from nextblock.cli import _parser
+
+    module = import_module(VERBS[verb][0])
+    parser = _parser(verb, getattr(module, verb), getattr(module, "SECTIONS", {}))
+    silent = [
+        a.dest for a in parser._actions if a.option_strings and not (a.help or "").split("(type:")[0].strip(" %s")
+    ]
+    assert not silent

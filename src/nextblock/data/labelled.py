@@ -130,7 +130,7 @@ def _find_named(name: str, root: str | Path | None, columns: Columns) -> _Found:
         beside = f" To mean the folder of that name here, write ./{name}." if os.path.exists(name) else ""
         raise DataError(
             f"{dataset.title} is not on this machine: {wanted} is not there. {dataset.how} It comes from "
-            f"{dataset.url}. Another place for all data sets: --root, or the variable NEXTBLOCK_DATA.{beside}"
+            f"{dataset.url}. Another place for all data sets: --data_root, or the variable NEXTBLOCK_DATA.{beside}"
         )
     return _Found(name, find_layout(dataset, folder, columns), dataset=dataset)
 

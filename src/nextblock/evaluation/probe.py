@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nextblock.randomness import key
 from nextblock.training.launch import Fabric
 from nextblock.training.loop import agreed
+from nextblock.training.optimizer import SteadyBuffers
 from nextblock.training.plan import Plan
 from nextblock.training.stacked import StackedAdamW
 from nextblock.xtra.classifier import HeadConfig, LayerMean
@@ -125,6 +126,7 @@ class ProbeTraining:
         self.loss_sum = torch.zeros(heads, device=device)
         self.steps = 0
         self._finite = torch.ones(heads, dtype=torch.bool, device=device)
+        self.buffers = SteadyBuffers(grid.to(device))
 
     def optimizer(self, betas: tuple[float, float]) -> StackedAdamW:
         groups = []
@@ -157,9 +159,11 @@ class ProbeTraining:
         lrs = [plan.lr_of(step, peak, min(FINAL_LR, peak)) for peak in self.peaks]
         on_device = torch.tensor(lrs, device=norms.device, dtype=torch.float64)
         inner.step_members(on_device, scales.nan_to_num(0.0) * heads, good)
-        self.diverged = self.diverged | ~good
+        taken = good.any()  # where no head could step, it was the batch: nobody has diverged
+        self.buffers.settle(taken)
+        self.diverged = self.diverged | (~good & taken)
         self._finite.fill_(True)
-        return torch.where(good, norms, 0.0).mean(), good.any()
+        return torch.where(good, norms, 0.0).mean(), taken
 
     def read_losses(self) -> list[float]:
         """Each head's mean training loss since the last reading; NaN where there is none."""
@@ -176,6 +180,7 @@ class ProbeTraining:
         self.diverged = state["diverged"].to(self.diverged.device)
         self.loss_sum = state["loss_sum"].to(self.loss_sum.device)
         self.steps = int(state["head_steps"])
+        self.buffers = SteadyBuffers(self.grid)  # of the weights that were loaded before
 
 
 def head_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

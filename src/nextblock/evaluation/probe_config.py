@@ -57,7 +57,7 @@ class ProbeConfig:
         checkpoint_every_minutes: for --resume.
         precision: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16".
         device: "auto", "cpu" or "cuda".
-        devices: how many.
+        devices: how many; BatchNorm then sees the share of the batch that its device has.
         seed: of everything drawn.
     """
 

@@ -65,7 +65,7 @@ def probe(
         raise ConfigError("Which encoder? Name a run folder or a folder of weights: nextblock probe RUN --dataset ...")
     if (dataset is None) == (suite is None):
         raise ConfigError("Name either a --dataset or a --suite (xtra15). `nextblock datasets` lists the data sets.")
-    config = typed_section("probe", ProbeConfig, given)
+    config: ProbeConfig = typed_section("probe", given, SECTIONS)
     folder = Path(out) if out is not None else Path("runs") / f"{suite or 'probe'}-{time.strftime('%Y%m%d-%H%M%S')}"
     if suite is None:
         return _one(run, dataset, test, config, data_root, folder, console)
@@ -116,7 +116,8 @@ def _go_on(
     if (found := read_result(folder)) is not None:
         tell(console, folder, found)
         return Probed(folder, found["rows"], found["best"])
-    target, config = Target(**stored["target"]), typed_section("probe", ProbeConfig, stored["probe"])
+    target = Target(**stored["target"])
+    config: ProbeConfig = typed_section("probe", stored["probe"], SECTIONS)
     dataset = target.dataset if target.dataset is not None else objects.get("--dataset")
     test = target.test if target.test is not None else objects.get("--test")
     if dataset is None:

@@ -170,10 +170,14 @@ def tell(console: Console, folder: Path, result: dict[str, Any]) -> None:
 
 
 def _at_the_edge(result: dict[str, Any]) -> str:
-    """A hint where the best learning rate is the largest or smallest of several that were tried."""
-    lrs = sorted({head["lr"] for head in result["heads"]})
-    found = {row["kind"]: row["lr"] for row in result["rows"] if row["lr"] in (lrs[0], lrs[-1])}
-    if len(lrs) < 3 or not found:
+    """A hint where the largest or the smallest of several learning rates was better than all others."""
+    found = []
+    for row in result["rows"]:
+        same = [h for h in result["heads"] if all(h[x] == row[x] for x in ("kind", "layers", "weight_decay"))]
+        lrs, equal = sorted({head["lr"] for head in same}), [h for h in same if h["accuracy"] == row["chosen_by"]]
+        if len(lrs) > 2 and len(equal) == 1 and row["lr"] in (lrs[0], lrs[-1]):
+            found.append(f"{row['kind']} {row['lr']:g}")
+    if not found:
         return ""
-    told = ", ".join(f"{kind} {lr:g}" for kind, lr in found.items())
+    told = ", ".join(dict.fromkeys(found))
     return f"the best learning rate lies at the edge of the grid ({told}); a wider one may do better: --probe.lrs"

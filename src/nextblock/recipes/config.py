@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -27,13 +27,16 @@ class DataConfig:
         train: a folder of images, Parquet file(s), `hf:NAME` (a Hugging Face data set); in Python also arrays
             or any object with `__len__` and `__getitem__`.
         val: labelled images to watch the training with, given in the same ways; optional.
-        train_split, val_split: which split, where a source has several.
-        image_column, label_column: of tables; labels are taken from "label" when it is there.
+        train_split: which split, where a source has several.
+        val_split: the same for `val`.
+        image_column: of tables.
+        label_column: of tables; labels are taken from "label" when it is there.
         crop_scale: share of the image's area that a training crop covers, (least, most).
         crop_ratio: width / height of a training crop, (least, most).
         flip: probability of a horizontal flip.
         resize_px: shorter side before the centre crop of evaluation; 0 = 8/7 of the image size.
-        mean, std: per channel, of pixels in 0..1; ImageNet's when left out.
+        mean: per channel, of pixels in 0..1; ImageNet's when left out.
+        std: the same for the standard deviation.
         exif_orientation: turn images as their EXIF orientation says.
         workers: loading processes; -1 = chosen from the cores.
         timeout_s: longest wait for a batch, in seconds.
@@ -105,8 +108,6 @@ class PretrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
-
-Section = TypeVar("Section")
 
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
@@ -196,14 +197,14 @@ def typed(values: Mapping[str, Any]) -> PretrainConfig:
     return PretrainConfig(**_instantiated(SECTIONS, values))
 
 
-def typed_section(name: str, kind: type[Section], values: Mapping[str, Any]) -> Section:
-    """One section by itself, for jobs that have others than pre-training. Raises ConfigError in one sentence."""
-    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+def typed_section(name: str, values: Mapping[str, Any], sections: Mapping[str, type]) -> Any:
+    """One of a job's own sections as its dataclass, with types checked. Raises ConfigError in one sentence."""
+    known = {section: [f.name for f in dataclasses.fields(kind)] for section, kind in sections.items()}
     for key in values:
-        if key not in known:
-            raise ConfigError(f"there is no '{name}.{key}'.{nearest(key, known)}")
-    made: Section = _instantiated({name: kind}, {name: dict(values)})[name]
-    return made
+        if key not in known[name]:
+            hint = _elsewhere(key, {f"{section}.{each}" for section in known for each in known[section]})
+            raise ConfigError(f"there is no key '{name}.{key}'.{hint or nearest(key, known[name])}")
+    return _instantiated({name: sections[name]}, {name: dict(values)})[name]
 
 
 def _instantiated(sections: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,9 +27,14 @@ class XTRAConfig:
         patch_size_px: side of a patch in pixels.
         cell_size: patches along one side of a cell; 1 is next-patch prediction.
         channels: image channels.
-        width, depth, num_heads, mlp_ratio: the encoder.
+        width: of the encoder's tokens.
+        depth: layers of the encoder.
+        num_heads: attention heads of the encoder.
+        mlp_ratio: hidden width of an encoder layer's MLP, as a multiple of width.
         projection_hidden: hidden width of the MLP between encoder and predictor.
-        predictor_width, predictor_depth, predictor_heads: the predictor.
+        predictor_width: of the predictor's tokens.
+        predictor_depth: layers of the predictor.
+        predictor_heads: attention heads of the predictor.
         head_hidden: hidden width of each pixel head.
         num_lookahead: pixel heads; head i (from 0) predicts cell c + 1 + i from the outputs of cell c.
         pixel_loss: "l2" (mean squared error) or "l1" (mean absolute error).

@@ -1,0 +1,192 @@
+"""Fine-tune a pre-trained encoder, as a whole, on labelled images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nextblock.data.labelled import Labelled, open_labelled
+from nextblock.data.named import data_root as data_root_of
+from nextblock.data.named import is_named
+from nextblock.errors import ConfigError, RunError
+from nextblock.jobs.finetune_config import (
+    SECTIONS,
+    FinetuneConfig,
+    FinetuneRecord,
+    FinetuneTraining,
+    choose_training,
+    differences,
+    from_values,
+)
+from nextblock.jobs.finetune_parts import split_training
+from nextblock.jobs.finetune_run import Finetuned, FinetuneRun
+from nextblock.jobs.opening import open_encoder
+from nextblock.recipes.config import typed_section
+from nextblock.training.checkpoint import newest_checkpoint
+from nextblock.training.launch import Fabric, launch, pick_device
+from nextblock.training.run_folder import read_config
+
+# What may differ when a run goes on. Not the passes of a step: BatchNorm and mixing see a whole forward pass.
+FREE_ON_RESUME = {
+    "finetune.workers", "finetune.max_bad_fraction", "finetune.evaluate_every_epochs", "training.device",
+    "training.compile", "training.checkpoint_every_steps", "training.checkpoint_every_minutes",
+    "training.keep_checkpoints", "training.max_nonfinite_steps",
+}  # fmt: skip
+
+Section = Mapping[str, Any] | None
+
+
+def finetune(
+    *,
+    run: str | Path | None = None,
+    dataset: Any = None,
+    test: Any = None,
+    finetune: Section = None,
+    training: Section = None,
+    data_root: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    quiet: bool = False,
+) -> Finetuned:
+    """Train an encoder together with a head on labelled images, and judge both on test images.
+
+    Args:
+        run: a pre-training run or a weights folder; its encoder is what is trained.
+        dataset: the labelled images: a benchmark data set's name, a folder, Parquet files, `hf:NAME`; in Python
+            also arrays or any source of images.
+        test: the test images, where they are not part of `dataset`.
+        finetune, training: values of these sections; what is left out is chosen and told.
+        data_root: the folder of all benchmark data sets.
+        out: the run folder, new or empty; by default a dated one under runs/.
+        resume: a fine-tuning run to continue, bit-identically on the same CPU.
+        quiet: print nothing.
+
+    The test images are looked at once, at the end, under the average of the weights (the last ones without one).
+    Raises ConfigError, DataError, RunError, CheckpointError: with what to do next.
+    """
+    console = Console(quiet=quiet)
+    given = {"finetune": dict(finetune or {}), "training": dict(training or {})}
+    if resume is not None:
+        return _resume(Path(resume), given, dataset, test, data_root, run, out, console)
+    if run is None or dataset is None:
+        missing = "a pre-trained run (run)" if run is None else "labelled images (--dataset, a name or a folder)"
+        raise ConfigError(f"fine-tuning needs {missing}; or --resume FOLDER continues a run.")
+    opened = open_encoder(run, device="cpu")
+    config: FinetuneConfig = typed_section("finetune", given["finetune"], SECTIONS)
+    first: FinetuneTraining = typed_section("training", given["training"], SECTIONS)
+    data = _open(config, first.seed, dataset, test, data_root)
+    settings = _chosen(config, first, data, given["training"], console)
+    preprocessing = opened.preprocessing
+    if config.resize_px:
+        preprocessing = dataclasses.replace(preprocessing, resize_px=config.resize_px)
+    record = FinetuneRecord(
+        finetune=config, training=settings, run=os.path.abspath(opened.where),
+        model=opened.encoder.config.to_dict(), preprocessing=preprocessing.to_dict(),
+        **_where(dataset, test, data_root),
+    )  # fmt: skip
+    made = FinetuneRun(record, data, launch(settings), console)
+    made.model.encoder.load_state_dict(opened.encoder.state_dict())
+    folder = _new_folder(made.fabric, out)
+    made.write_record(folder)
+    return made.train(folder)
+
+
+def _resume(
+    folder: Path,
+    given: dict[str, dict[str, Any]],
+    dataset: Any,
+    test: Any,
+    data_root: str | Path | None,
+    run: str | Path | None,
+    out: str | Path | None,
+    console: Console,
+) -> Finetuned:
+    for name, value in {"run": run, "out": out}.items():
+        if value is not None:
+            raise ConfigError(f"--resume continues {folder} as it is; leave out {name}.")
+    stored = read_config(folder)
+    if "finetune" not in stored:
+        raise RunError(
+            f"{folder} is not a fine-tuning run. `nextblock pretrain --resume` continues a pre-training run."
+        )
+    before = from_values(stored)
+    for name, values in given.items():
+        typed_section(name, values, SECTIONS)  # refuses what is not a key of the section
+    record = from_values({name: {**section, **given.get(name, {})} for name, section in stored.items()})
+    changed = [d for d in differences(before, record) if d[0] not in FREE_ON_RESUME]
+    if changed:
+        told = "; ".join(f"{name} was {old}, now {new}" for name, old, new in changed)
+        raise ConfigError(f"{folder} was started with another configuration: {told}. Leave that out, or start anew.")
+    if dataset is None and record.dataset is None:
+        raise ConfigError(f"{folder} was started on images given in Python; give them again: dataset=...")
+    dataset, test = record.dataset if dataset is None else dataset, record.test if test is None else test
+    where: dict[str, Any] = _where(dataset, test, data_root or record.data_root)
+    record = dataclasses.replace(record, **where)
+    data = _open(record.finetune, record.training.seed, dataset, test, record.data_root)
+    made = FinetuneRun(record, data, launch(record.training), console)
+    made.check_record(folder)
+    _, state = newest_checkpoint(folder / "checkpoints", made.say)
+    step, total = int(state["step"]), made.plan.total_steps
+    if step < total:
+        made.say(f"continuing {folder} after step {step} of {total}")
+        return made.train(folder, state)
+    made.say(f"{folder} is trained: {step} steps.")
+    if (folder / "result.json").is_file():
+        return Finetuned(folder, step, finished=True, result=json.loads((folder / "result.json").read_text()))
+    made.restore(state)  # it was killed between the last step and the result
+    return Finetuned(folder, step, finished=True, result=made.finish(folder))
+
+
+def _open(config: FinetuneConfig, seed: int, dataset: Any, test: Any, root: str | Path | None) -> Labelled:
+    return open_labelled(
+        dataset, test=test, root=root, train_split=config.train_split, test_split=config.test_split,
+        image_column=config.image_column, label_column=config.label_column, seed=seed,
+    )  # fmt: skip
+
+
+def _chosen(
+    config: FinetuneConfig, first: FinetuneTraining, data: Labelled, given: Mapping[str, Any], console: Console
+) -> FinetuneTraining:
+    """The training section, completed by a choice for these images that is told (by one process)."""
+    count = len(split_training(data.train, config, first.seed)[0])
+    choice = choose_training(count, pick_device(first.device), given)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        lines = [f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, "
+                 f"{len(data.classes):,} classes. {data.note}".rstrip(), *choice.reasons]  # fmt: skip
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    settings: FinetuneTraining = typed_section("training", choice.values.get("training", {}) | dict(given), SECTIONS)
+    return settings
+
+
+def _where(dataset: Any, test: Any, root: str | Path | None) -> dict[str, str | None]:
+    """Where the images are, as seen from any folder; None for what is a Python object."""
+    named = any(isinstance(spec, str) and is_named(spec) for spec in (dataset, test))
+    place = data_root_of(root) if named else root
+    return {
+        "dataset": _absolute(dataset),
+        "test": _absolute(test),
+        "data_root": None if place is None else os.path.abspath(os.path.expanduser(place)),
+    }
+
+
+def _absolute(spec: Any) -> str | None:
+    """A path is made absolute, the name of a data set stays; None for what is neither."""
+    if isinstance(spec, str) and (spec.startswith("hf:") or is_named(spec)):
+        return spec
+    return os.path.abspath(os.path.expanduser(spec)) if isinstance(spec, str | os.PathLike) else None
+
+
+def _new_folder(fabric: Fabric, out: str | Path | None) -> Path:
+    """The run's folder, by the first process's clock."""
+    folder = Path(out) if out is not None else Path("runs") / f"finetune-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(fabric.broadcast(str(folder)))
+
+
+__all__ = ["SECTIONS", "Finetuned", "finetune"]
