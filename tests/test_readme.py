@@ -63,7 +63,7 @@ def test_the_commands_run_in_the_order_of_the_readme(
     for command in commands():
         arguments = shlex.split(command)[1:]
         if arguments[0] == "finetune":
-            arguments += "--finetune.ema_decay 0.9 --training.epochs 1 --finetune.workers 0".split()
+            arguments += ["--finetune.ema_decay", "0.9", "--training.epochs", "1", "--finetune.workers", "0"]
         if arguments[0] == "pretrain" and "--resume" not in arguments:
             arguments += flags(small)
         assert main(arguments) == 0, f"{command}\n{capsys.readouterr()}"

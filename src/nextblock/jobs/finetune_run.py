@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import shlex
 import signal
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +30,16 @@ from nextblock.evaluation.classification import Classified, classify
 from nextblock.jobs.finetune_config import FinetuneRecord, to_yaml
 from nextblock.jobs.finetune_parts import classifier_of, height_in, split_training
 from nextblock.jobs.finetune_report import finetune_card, finetune_curves
+from nextblock.jobs.record import described, header, start_record
 from nextblock.jobs.run import compile_layers
 from nextblock.randomness import uniforms
 from nextblock.training.ema import EMA
-from nextblock.training.launch import Fabric, on_first_process
+from nextblock.training.launch import Fabric
 from nextblock.training.loop import Intervals, Meters, clipped_update, run_state, train
 from nextblock.training.optimizer import SteadyBuffers, layer_decay_groups, make_optimizer
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import COLUMNS, RunFolder, claim_folder, environment, to_json, write_text
+from nextblock.training.run_folder import COLUMNS, RunFolder, environment, to_json, write_text
 from nextblock.training.signals import StopRequest
 from nextblock.xtra.config import XTRAConfig
 
@@ -95,14 +92,7 @@ class FinetuneRun:
 
     def write_record(self, folder: Path) -> None:
         """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
-        problem: RunError | None = None
-        if self.fabric.is_global_zero:
-            try:
-                claim_folder(folder, f"Continue it with --resume {folder}, or choose another --out.")
-                self._write_record(folder)
-            except RunError as error:
-                problem = error
-        on_first_process(self.fabric, problem)
+        start_record(self.fabric, folder, self._write_record)
 
     def _write_record(self, folder: Path) -> None:
         about = environment(self.record.training.seed, self.fabric.device.type)
@@ -111,10 +101,7 @@ class FinetuneRun:
         write_text(folder / "environment.json", to_json(about))
         write_manifest(self.train_source, folder / "data_manifest.txt.gz")
         write_manifest(self.data.test, folder / "test_manifest.txt.gz")
-        shell = Path(sys.argv[0]).name in ("nextblock", "cli.py")
-        command = "nextblock " + shlex.join(sys.argv[1:]) if shell else "from Python"
-        header = f"A fine-tuning run of nextblock, started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{command}"
-        write_text(folder / "config.yaml", to_yaml(self.record, header))
+        write_text(folder / "config.yaml", to_yaml(self.record, header("A fine-tuning run")))
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
@@ -307,4 +294,4 @@ class FinetuneRun:
 
 def _described(source: Source) -> dict[str, Any]:
     labels = hashlib.sha256(known_labels(source).astype("<i8").tobytes()).hexdigest()
-    return {"description": source.description, **dataclasses.asdict(fingerprint(source)), "labels_sha256": labels}
+    return described(source) | {"labels_sha256": labels}

@@ -25,7 +25,6 @@ from nextblock.data.labelled import Labelled
 from nextblock.data.loading import default_workers, evaluation_batches, training_batches
 from nextblock.data.preprocess import normalize
 from nextblock.data.randaugment import RandAugment
-from nextblock.data.selection import few_shot, held_out
 from nextblock.data.sources import Source, explain_change, fingerprint, write_manifest
 from nextblock.data.sources.views import Subset, known_labels
 from nextblock.data.stream import BadSample, Batch, TrainingStream
@@ -41,14 +40,16 @@ from nextblock.evaluation.feature_cache import (
 from nextblock.evaluation.head_log import HeadLog
 from nextblock.evaluation.inference import device_of, inference
 from nextblock.evaluation.probe import Predictions, ProbeGrid, ProbeTraining, predict_all
-from nextblock.evaluation.probe_config import LRS, PUBLISHED_RANDAUGMENT, ProbeConfig
+from nextblock.evaluation.probe_config import PUBLISHED_RANDAUGMENT, ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder
+from nextblock.jobs.probe_choice import settled, split_rows
+from nextblock.jobs.record import described, header, start_record
 from nextblock.training.config import TrainingConfig
-from nextblock.training.launch import Fabric, on_first_process
+from nextblock.training.launch import Fabric
 from nextblock.training.loop import Intervals, Meters, run_state, train
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import RunFolder, claim_folder, environment, to_json, write_text
+from nextblock.training.run_folder import RunFolder, environment, to_json, write_text
 from nextblock.training.signals import StopRequest
 from nextblock.xtra.classifier import layer_means
 
@@ -70,26 +71,6 @@ class Target:
     data_root: str | None = None
 
 
-def settled(config: ProbeConfig, data: Labelled, opened: OpenedEncoder, device: str) -> tuple[ProbeConfig, list[str]]:
-    """The configuration with everything chosen that was left open, and a sentence for each choice."""
-    found, told = data.dataset, []
-    changes: dict[str, Any] = {}
-    if not config.lrs:
-        changes["lrs"] = tuple(found.lrs) if found else LRS
-    if config.warmup_epochs < 0:
-        changes["warmup_epochs"] = found.warmup_epochs if found else 0.0
-    if config.augment == "auto":
-        changes["augment"] = "none" if device == "cpu" else "published"
-        if device == "cpu":
-            told.append("augment: none, features are computed once (on a CPU; 'published' asks for augmentation)")
-    fitted = replace(config, **changes).fitted(opened.encoder.config.depth, opened.encoder.config.width)
-    if fitted.attentive_layers != config.attentive_layers and "attentive" in config.heads:
-        told.append(f"attentive_layers: {fitted.attentive_layers[0]}, all that the encoder has")
-    if fitted.num_heads != config.num_heads and "attentive" in config.heads:
-        told.append(f"num_heads: {fitted.num_heads}, as {config.num_heads} does not divide the encoder's width")
-    return fitted, told
-
-
 class ProbeRun:
     """A probe, put together. Labels are looked at and rows chosen when it is made, nothing is computed yet."""
 
@@ -101,7 +82,7 @@ class ProbeRun:
         self.opened, self.data = opened, data
         config, self.choices = settled(config, data, opened, fabric.device.type)
         labels = known_labels(data.train)
-        self.train_rows, self.val_rows = _rows(labels, config)
+        self.train_rows, self.val_rows = split_rows(labels, config)
         self.source: Source = Subset(data.train, np.union1d(self.train_rows, self.val_rows))
         kept = np.union1d(self.train_rows, self.val_rows)
         self.train_rows = np.searchsorted(kept, self.train_rows)
@@ -162,21 +143,17 @@ class ProbeRun:
 
     def write_record(self, folder: Path) -> None:
         """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
-        problem: RunError | None = None
-        if self.fabric.is_global_zero:
-            try:
-                claim_folder(folder, f"Continue it with --resume {folder}, or choose another --out.")
-                about = environment(self.config.seed, self.fabric.device.type)
-                about["weights"] = {"where": str(self.opened.where), "sha256": weights_digest(self.opened.encoder)}
-                about["data"] = {"description": self.source.description}
-                about["data"] |= dataclasses.asdict(fingerprint(self.source))
-                write_text(folder / "environment.json", to_json(about))
-                write_manifest(self.source, folder / "data_manifest.txt.gz")
-                values = {"probe": _plain(self.config), "target": dataclasses.asdict(self.target)}
-                write_text(folder / "config.yaml", "# A probe of nextblock\n" + yaml.safe_dump(values, sort_keys=False))
-            except RunError as error:
-                problem = error
-        on_first_process(self.fabric, problem)
+        start_record(self.fabric, folder, self._write_record)
+
+    def _write_record(self, folder: Path) -> None:
+        about = environment(self.config.seed, self.fabric.device.type)
+        about["weights"] = {"where": str(self.opened.where), "sha256": weights_digest(self.opened.encoder)}
+        about["data"] = described(self.source)
+        write_text(folder / "environment.json", to_json(about))
+        write_manifest(self.source, folder / "data_manifest.txt.gz")
+        values = {"probe": _plain(self.config), "target": dataclasses.asdict(self.target)}
+        comment = "".join(f"# {line}\n" for line in header("A probe").splitlines())
+        write_text(folder / "config.yaml", comment + yaml.safe_dump(values, sort_keys=False))
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when weights or data are not those that the run was started on."""
@@ -340,24 +317,6 @@ class ProbeRun:
 
     def _workers(self) -> int:
         return default_workers(self.fabric.world_size) if self.config.workers < 0 else self.config.workers
-
-
-def _rows(labels: NDArray[np.int64], config: ProbeConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to train on and rows to choose by. With few shots, the choice sees no more images than the training."""
-    known = np.flatnonzero(labels >= 0)
-    if not len(known):
-        raise DataError("none of the training images has a label, and a probe needs them.")
-    labels = labels[known]
-    if config.select == "test":
-        rows = few_shot(labels, config.few_shot, config.seed) if config.few_shot else np.arange(len(labels))
-        return known[rows], known[:0]
-    out = held_out(labels, config.val_fraction, config.seed)
-    rows, val = np.flatnonzero(~out), np.flatnonzero(out)
-    if config.few_shot:
-        rows = rows[few_shot(labels[rows], config.few_shot, config.seed)]
-        fewest = int(np.unique(labels[val], return_counts=True)[1].min())
-        val = val[few_shot(labels[val], min(config.few_shot, fewest), config.seed)]
-    return known[rows], known[val]
 
 
 def _plain(config: ProbeConfig) -> dict[str, Any]:

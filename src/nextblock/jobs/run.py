@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shlex
 import signal
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +20,17 @@ from nextblock.data.sources import Source, explain_change, fingerprint, open_sou
 from nextblock.data.stream import Batch, TrainingStream
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs.card import model_card
+from nextblock.jobs.record import described, header, start_record
 from nextblock.jobs.watch import Watch
 from nextblock.layers.transformer import TransformerLayer
 from nextblock.randomness import hashed, key, uniforms
 from nextblock.recipes.config import PretrainConfig, to_yaml
-from nextblock.training.launch import Fabric, on_first_process
+from nextblock.training.launch import Fabric
 from nextblock.training.loop import Intervals, Loss, Meters, run_state, train
 from nextblock.training.optimizer import make_optimizer
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import RunFolder, claim_folder, environment, to_json, write_text
+from nextblock.training.run_folder import RunFolder, environment, to_json, write_text
 from nextblock.training.signals import StopRequest
 from nextblock.xtra.model import XTRA
 
@@ -69,24 +66,14 @@ class Run:
 
     def write_record(self, folder: Path) -> None:
         """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
-        problem: RunError | None = None
-        if self.fabric.is_global_zero:
-            try:
-                claim_folder(folder, f"Continue it with --resume {folder}, or choose another --out.")
-                self._write_record(folder)
-            except RunError as error:
-                problem = error
-        on_first_process(self.fabric, problem)
+        start_record(self.fabric, folder, self._write_record)
 
     def _write_record(self, folder: Path) -> None:
         about = environment(self.config.training.seed, self.fabric.device.type)
-        about["data"] = {"description": self.source.description, **dataclasses.asdict(fingerprint(self.source))}
+        about["data"] = described(self.source)
         write_text(folder / "environment.json", to_json(about))
         write_manifest(self.source, folder / "data_manifest.txt.gz")
-        shell = Path(sys.argv[0]).name in ("nextblock", "cli.py")
-        command = "nextblock " + shlex.join(sys.argv[1:]) if shell else "from Python"
-        header = f"A run of nextblock, started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{command}"
-        write_text(folder / "config.yaml", to_yaml(self.config, header))
+        write_text(folder / "config.yaml", to_yaml(self.config, header("A run")))
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
