@@ -232,7 +232,7 @@ def test_what_is_wrong_is_told(run: Path, images: Path, tmp_path: Path) -> None:
     told(DataError, "None of the 15 data sets of xtra15", suite="xtra15", data_root=tmp_path)
     told(ConfigError, "Which encoder", run=None, dataset=str(images))
     told(RunError, "No run or weights folder", run=tmp_path / "nothing", dataset=str(images))
-    told(ConfigError, r"there is no 'probe\.lr'. Did you mean 'lrs'", dataset=str(images), probe={"lr": 1})
+    told(ConfigError, r"there is no key 'probe\.lr'. Did you mean 'lrs'", dataset=str(images), probe={"lr": 1})
     told(ConfigError, "batch_size 64 is larger than the 16", dataset=str(images), probe=QUICK | {"batch_size": 64})
     told(ConfigError, "encoder's depth 2; got 7", dataset=str(images), probe=QUICK | {"linear_layers": [7]})
     one_class = tmp_path / "one"
