@@ -138,6 +138,14 @@ def test_layers_attention_and_few_shots(run: Path, images: Path, tmp_path: Path)
     assert (tmp_path / "out/figures/layers.png").is_file()
 
 
+def test_bf16_gives_finite_numbers_and_float32_weights(run: Path, images: Path, tmp_path: Path) -> None:
+    found = quick(run, str(images), tmp_path / "out", precision="bf16", augment="flip")
+    assert all(np.isfinite(row["train_loss"]) for row in read_heads(tmp_path / "out/heads.csv"))
+    assert found.best is not None
+    tensors = load_file(tmp_path / "out/exported/model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32, torch.int64}
+
+
 def test_choosing_on_the_test_images_is_labelled(run: Path, images: Path, tmp_path: Path) -> None:
     found = quick(run, str(images), tmp_path / "out", select="test", heads=["linear"])
     result = json.loads((tmp_path / "out/result.json").read_text())
