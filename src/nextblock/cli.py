@@ -47,8 +47,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if type(error).__name__ == "OutOfMemoryError":
-            return _fail("the device's memory is full. Set a lower --training.per_device_batch (or --batch_size).", 1)
+            return _fail(f"the device's memory is full. Set a lower {_batch_option(args)}.", 1)
         return _fail(f"unexpected {told}\nRun it again with --debug for the traceback.", 1)
+
+
+def _batch_option(args: list[str]) -> str:
+    sections = {"probe": "--probe.per_device_batch", "pretrain": "--training.per_device_batch"}
+    return sections.get(args[0], "--batch_size (--training.per_device_batch for training)")
 
 
 def _fail(message: str, code: int) -> int:

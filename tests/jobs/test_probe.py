@@ -92,7 +92,7 @@ def test_features_are_computed_once(run: Path, images: Path, tmp_path: Path, mon
     kept = sorted((tmp_path / "cache/features").iterdir())
     assert len(kept) == 4  # two kinds read differently, training and test
 
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("the encoder ran again")
 
     monkeypatch.setattr("nextblock.evaluation.feature_cache.layer_means", refuse)
@@ -226,6 +226,109 @@ def test_an_encoder_that_diverged_is_told(augment: str, run: Path, images: Path,
         quick(broken, str(images), tmp_path / "out", augment=augment)
 
 
+def test_a_probe_killed_before_its_first_step_goes_on(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quick(run, str(images), tmp_path / "whole", cache=str(tmp_path / "other"))
+
+    def killed(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nextblock.evaluation.feature_cache.layer_means", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quick(run, str(images), tmp_path / "cut", cache=str(tmp_path / "other2"))
+    assert not list((tmp_path / "other2").glob("features/*/values.npy"))
+    assert probe(resume=tmp_path / "cut", quiet=True).rows == whole.rows
+    shutil.rmtree(tmp_path / "cut/checkpoints")  # killed earlier still
+    (tmp_path / "cut/result.json").unlink()
+    assert probe(resume=tmp_path / "cut", quiet=True).rows == whole.rows
+
+
+def test_a_suite_is_of_one_encoder_and_one_protocol(run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "datasets"
+    cifar10(root)
+    given: dict[str, Any] = {"run": run, "suite": "xtra15", "data_root": root, "out": tmp_path / "suite"}
+    settings = QUICK | {"batch_size": 4, "heads": ["linear"]}
+    (tmp_path / "suite/cifar10").mkdir(parents=True)
+    (tmp_path / "suite/suite.json").write_text("{}")
+    with pytest.raises(RunError, match="begun with another suite and other weights and other --probe options"):
+        probe(**given, quiet=True, probe=settings)
+    shutil.rmtree(tmp_path / "suite")
+    probe(**given, quiet=True, probe=settings | {"select": "test"})
+    assert "best head chosen on the test images" in (tmp_path / "suite/table.md").read_text()
+    other = tmp_path / "other"
+    shutil.copytree(run / "exported", other)
+    change_weights(other, lambda value: value + 0.01)
+    with pytest.raises(RunError, match="begun with other weights"):
+        probe(**given | {"run": other}, quiet=True, probe=settings | {"select": "test"})
+    with pytest.raises(RunError, match="begun with other --probe options"):
+        probe(**given, quiet=True, probe=settings)
+
+
+def test_a_data_set_that_fails_does_not_cost_the_others(run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "datasets"
+    cifar10(root)
+    eurosat(root)
+    for file in root.glob("cifar10/**/test_batch"):
+        file.unlink()
+    found = probe(
+        run=run, suite="xtra15", data_root=root, out=tmp_path / "suite", quiet=True,
+        probe=QUICK | {"batch_size": 4, "heads": ["linear"]},
+    )  # fmt: skip
+    status = {row["dataset"]: row["status"] for row in found.rows}
+    assert (status["cifar10"], status["eurosat"]) == ("failed", "done")
+
+
+def test_a_probe_resumes_from_another_folder_and_notices_changed_labels(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images, tmp_path / "photos")
+    quick(run, "photos", Path("out"), heads=["linear"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "out/result.json").unlink()
+    assert isinstance(probe(resume=tmp_path / "out", quiet=True), Probed)
+    (tmp_path / "out/result.json").unlink()
+    generator = np.random.default_rng(0)
+    pixels, labels = generator.integers(0, 255, (30, 16, 16, 3), dtype=np.uint8), np.arange(30) % 3
+    quick(run, (pixels, labels), tmp_path / "arrays", heads=["linear"])
+    (tmp_path / "arrays/result.json").unlink()
+    swapped = labels.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    with pytest.raises(RunError, match=r"other labels|not those that"):
+        probe(resume=tmp_path / "arrays", dataset=(pixels, swapped), quiet=True)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_broken_images_are_counted_the_same_way(augment: str, run: Path, images: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(images, data / split)
+    for name, count in (("top", 11), ("left", 5)):
+        for i in range(count):
+            (data / f"train/{name}/{i:03d}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"raise probe\.max_bad_fraction"):
+        quick(run, str(data), tmp_path / "out", augment=augment, epochs=20)
+    allowed = quick(run, str(data), tmp_path / "allowed", augment=augment, max_bad_fraction=0.9)
+    assert allowed.finished
+    for file in (data / "test").glob("*/*.png"):
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"can be read|could be read"):
+        quick(run, str(data), tmp_path / "unread", augment=augment, max_bad_fraction=0.9)
+
+
+def test_a_broken_image_may_have_any_name(run: Path, images: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(images, data / split)
+        (data / split / "top").joinpath(b"bad\xff,\n.png".decode(errors="surrogateescape")).write_bytes(b"broken")
+    for augment in ("none", "flip"):
+        assert quick(run, str(data), tmp_path / augment, augment=augment, heads=["linear"]).finished
+    assert quick(run, str(data), tmp_path / "again", augment="none", heads=["linear"]).finished  # read from the cache
+
+
 def test_what_is_wrong_is_told(run: Path, images: Path, tmp_path: Path) -> None:
     def told(error: type[Exception], match: str, **given: Any) -> None:
         with pytest.raises(error, match=match):
@@ -242,6 +345,7 @@ def test_what_is_wrong_is_told(run: Path, images: Path, tmp_path: Path) -> None:
     told(RunError, "No run or weights folder", run=tmp_path / "nothing", dataset=str(images))
     told(ConfigError, r"there is no key 'probe\.lr'. Did you mean 'lrs'", dataset=str(images), probe={"lr": 1})
     told(ConfigError, "batch_size 64 is larger than the 16", dataset=str(images), probe=QUICK | {"batch_size": 64})
+    told(ConfigError, "BatchNorm needs two images", dataset=str(images), probe=QUICK | {"per_device_batch": 1})
     told(ConfigError, "encoder's depth 2; got 7", dataset=str(images), probe=QUICK | {"linear_layers": [7]})
     one_class = tmp_path / "one"
     (one_class / "only").mkdir(parents=True)
@@ -260,6 +364,13 @@ def test_nothing_is_overwritten_and_only_the_same_goes_on(run: Path, images: Pat
     (tmp_path / "full/notes.txt").write_text("mine")
     with pytest.raises(RunError, match="nothing is ever overwritten"):
         quick(run, str(images), tmp_path / "full")
+    quick(run, str(images), tmp_path / "done", heads=["linear"])
+    with pytest.raises(RunError, match=r"nothing is ever overwritten\. Continue it with --resume"):
+        quick(run, str(images), tmp_path / "done")
+    with pytest.raises(ConfigError, match="leave out RUN"):
+        probe(resume=tmp_path / "done", run=run, quiet=True)
+    with pytest.raises(ConfigError, match="leave out --dataset"):
+        probe(resume=tmp_path / "done", dataset="elsewhere", quiet=True)
     with pytest.raises(RunError, match="is a run, but not a probe's"):
         probe(resume=run, quiet=True)
     data = tmp_path / "data"

@@ -30,7 +30,7 @@ def held_out(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[n
     if not chosen.any():
         raise DataError(
             f"no image can be held out: none of the classes of these {len(labels)} images has two images. "
-            "Give a test set of its own, or more images of a class."
+            "Add images, or hold none out: a test set of its own; --probe.select test; --finetune.val_fraction 0."
         )
     return chosen
 
@@ -53,7 +53,10 @@ def few_shot(labels: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np
         raise DataError(f"none of these {len(labels)} images has a label to choose by.")
     for label, members in by_class.items():
         if len(members) < per_class:
-            raise DataError(f"class {label} has {len(members)} images, fewer than the {per_class} per class asked for.")
+            raise DataError(
+                f"class {label} has {len(members)} images to choose from (others may be held out), fewer than the "
+                f"{per_class} asked for."
+            )
     return np.sort(np.concatenate([members[:per_class] for members in by_class.values()]))
 
 

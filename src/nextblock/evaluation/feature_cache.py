@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nextblock.data.preprocess import Preprocessing, normalize
-from nextblock.data.sources import Source, fingerprint
+from nextblock.data.sources import Source, content_digest
 from nextblock.data.sources.views import known_labels
 from nextblock.data.stream import BadSample, Batch, locate
 from nextblock.errors import DataError
@@ -118,7 +118,7 @@ def cached_features(
     Raises DataError when the features are too large for the limit, not finite, or there is no image.
     """
     place = device_of(encoder).type
-    common = {"format": FORMAT, "weights": weights_digest(encoder), "data": fingerprint(source).sha256, "on": place}
+    common = {"format": FORMAT, "weights": weights_digest(encoder), "data": content_digest(source), "on": place}
     common["preprocessing"] = json.dumps(preprocessing.to_dict(), sort_keys=True)
     keys = {
         layers: hashlib.sha256(json.dumps(common | {"layers": repr(layers), "tokens": tokens}).encode()).hexdigest()
@@ -132,6 +132,12 @@ def cached_features(
     read = {layers: _read(path) for layers, path in folders.items()}
     values = {layers: value for layers, (value, _) in read.items()}
     indices, bad = next(iter(read.values()))[1]
+    for layers, (_, (others, _)) in read.items():
+        if not np.array_equal(indices, others):
+            raise DataError(
+                f"the features in {folders[layers].parent} were kept at times when different images could be read. "
+                f"Remove {folders[layers].name} there."
+            )
     return CachedFeatures(values, known_labels(source)[indices], indices, bad)  # labels are not part of the key
 
 
@@ -163,17 +169,20 @@ def _compute(
     indices: list[NDArray[np.int64]] = []
     bad: list[BadSample] = []
     count = 0
-    beside = {layers: path.with_name(f".{path.name}.{os.getpid()}") for layers, path in folders.items()}
+    beside = {layers: folders[layers].with_name(f".{folders[layers].name}.{os.getpid()}") for layers in wanted}
+    _sweep(next(iter(folders.values())).parent)
     try:
         for batch in batches:
             bad += batch.bad
             if not len(batch):
                 continue
             with inference(encoder):
-                means = layer_means(encoder, normalize(batch.images.to(device), None, preprocessing), list(wanted))
+                images = normalize(batch.images.to(device), None, preprocessing)
+                pooled = {layers for layers, tokens in wanted.items() if not tokens}
+                means = layer_means(encoder, images, list(wanted), pooled=pooled)
             for layers, tokens in wanted.items():
                 x = means[layers].float()
-                value = (x.half() if tokens else x.mean(1)).cpu().numpy()
+                value = (x.half() if tokens else x).cpu().numpy()
                 _require_finite(value)
                 if layers not in files:
                     files[layers] = _open_file(beside[layers], (len(source), *value.shape[1:]), value.dtype)
@@ -186,8 +195,7 @@ def _compute(
         for layers, file in files.items():
             file.flush()
             _describe(beside[layers], count, np.concatenate(indices), bad)
-            shutil.rmtree(folders[layers], ignore_errors=True)
-            beside[layers].rename(folders[layers])
+            _put(beside[layers], folders[layers])
     finally:
         for path in beside.values():
             shutil.rmtree(path, ignore_errors=True)
@@ -204,16 +212,37 @@ def _require_finite(value: NDArray[Any]) -> None:
 def _open_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(folder / "values.npy", mode="w+", dtype=dtype, shape=shape)
+        file = np.lib.format.open_memmap(folder / "values.npy", mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal while the map is written
+            with open(folder / "values.npy", "r+b") as whole:
+                os.posix_fallocate(whole.fileno(), 0, os.path.getsize(whole.name))
+        return file
     except OSError as error:
         raise DataError(
             f"cannot write features to {folder.parent}: {error.strerror}. Choose another --probe.cache."
         ) from error
 
 
+def _put(beside: Path, final: Path) -> None:
+    """Rename into place; where another process was faster, its folder, which holds the same, stays."""
+    try:
+        beside.rename(final)
+    except OSError:
+        if not (final / "about.json").is_file():
+            raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left behind that are no more."""
+    for path in folder.glob(".*"):
+        number = path.suffix.removeprefix(".")
+        if number.isdigit() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _describe(folder: Path, count: int, indices: NDArray[np.int64], bad: Sequence[BadSample]) -> None:
     np.save(folder / "indices.npy", indices)
-    with open(folder / "bad.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / "bad.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows(bad)
     (folder / "about.json").write_text(json.dumps({"images": count, "format": FORMAT}))
 
@@ -221,6 +250,6 @@ def _describe(folder: Path, count: int, indices: NDArray[np.int64], bad: Sequenc
 def _read(folder: Path) -> tuple[NDArray[Any], tuple[NDArray[np.int64], list[BadSample]]]:
     count = json.loads((folder / "about.json").read_text())["images"]
     values = np.load(folder / "values.npy", mmap_mode="r")[:count]
-    with open(folder / "bad.csv", newline="", encoding="utf-8") as file:
+    with open(folder / "bad.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         bad = [BadSample(name, reason, int(position)) for name, reason, position in csv.reader(file)]
     return values, (np.load(folder / "indices.npy"), bad)

@@ -15,8 +15,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, bfloat16 autocast on CUDA; afterwards every module's own mode is back.
+def inference(model: nn.Module, *, bf16: bool = True) -> Iterator[None]:
+    """Eval mode and no gradients, bfloat16 autocast on CUDA if `bf16`; afterwards every module's own mode is back.
 
     Not `torch.inference_mode`: index tensors that an ordering makes and keeps in it could not be used by the
     training step that follows.
@@ -25,7 +25,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     kind = device_of(model).type
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16 and kind == "cuda"):
             yield
     finally:
         for module, training in modes:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nextblock.errors import DataError
 from nextblock.randomness import key
 from nextblock.training.launch import Fabric
 from nextblock.training.loop import agreed
@@ -157,7 +158,8 @@ class ProbeTraining:
         good = agreed(fabric, torch.isfinite(norms) & self._finite & ~self.diverged)
         scales = (self.clip / norms).clamp(max=1.0) if self.clip else torch.ones_like(norms)
         lrs = [plan.lr_of(step, peak, min(FINAL_LR, peak)) for peak in self.peaks]
-        on_device = torch.tensor(lrs, device=norms.device, dtype=torch.float64)
+        pinned = torch.tensor(lrs, dtype=torch.float64, pin_memory=norms.is_cuda)
+        on_device = pinned.to(norms.device, non_blocking=True)
         inner.step_members(on_device, scales.nan_to_num(0.0) * heads, good)
         taken = good.any()  # where no head could step, it was the batch: nobody has diverged
         self.buffers.settle(taken)
@@ -218,6 +220,8 @@ def predict_all(grid: nn.Module, batches: Iterable[tuple[Sequence[Tensor], Tenso
         truth.append(labels)
         total = total + head_losses(logits, labels) * len(labels)
     grid.train(was_training)
+    if not truth:
+        raise DataError("There is no image to judge the heads by: none could be read.")
     labels_all = torch.cat(truth).cpu().numpy()
     assert isinstance(total, Tensor)
     return Predictions(torch.cat(said, 1).cpu().numpy(), total.double().cpu().numpy() / len(labels_all), labels_all)

@@ -37,7 +37,8 @@ class ProbeConfig:
         epochs: passes over the training images.
         warmup_epochs: linear rise to the peak learning rates; -1 = the data set's own, else 0.
         batch_size: images per step; 0 = the data set's own, else 512, never more than there are.
-        per_device_batch: most images in one forward pass; the rest is accumulated. 0 = no limit.
+        per_device_batch: most images that go through the heads at once, and that BatchNorm sees; the rest of a batch
+            is accumulated. 0 = 1024, as published.
         clip_grad_norm: largest gradient norm of each head; 0 = no clipping.
         betas: of AdamW.
         select: "validation" (the best head on a held-out part of the training images) or "test" (the best on the
@@ -52,10 +53,11 @@ class ProbeConfig:
         image_column: of tables.
         label_column: of tables; "label" when left out.
         test_fraction: held out for the test where the data have no split of their own.
+        max_bad_fraction: a probe stops when more than max(10, this fraction) distinct images are broken.
         workers: loading processes; -1 = chosen from the cores.
         timeout_s: longest wait for a batch, in seconds.
         checkpoint_every_minutes: for --resume.
-        precision: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16".
+        precision: of encoder and heads: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16".
         device: "auto", "cpu" or "cuda".
         devices: how many; BatchNorm then sees the share of the batch that its device has.
         seed: of everything drawn.
@@ -91,6 +93,7 @@ class ProbeConfig:
     image_column: str = "image"
     label_column: str | None = None
     test_fraction: float = 0.2
+    max_bad_fraction: float = 0.001
     workers: int = -1
     timeout_s: float = 300.0
     checkpoint_every_minutes: float = 10.0

@@ -13,8 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from nextblock.data.labelled import Labelled, open_labelled
-from nextblock.data.named import data_root as data_root_of
-from nextblock.data.named import is_named
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs.finetune_config import (
     SECTIONS,
@@ -28,6 +26,7 @@ from nextblock.jobs.finetune_config import (
 from nextblock.jobs.finetune_parts import split_training
 from nextblock.jobs.finetune_run import Finetuned, FinetuneRun
 from nextblock.jobs.opening import open_encoder
+from nextblock.jobs.record import where
 from nextblock.recipes.config import typed_section
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.launch import Fabric, launch, pick_device
@@ -89,7 +88,7 @@ def finetune(
     record = FinetuneRecord(
         finetune=config, training=settings, run=os.path.abspath(opened.where),
         model=opened.encoder.config.to_dict(), preprocessing=preprocessing.to_dict(),
-        **_where(dataset, test, data_root),
+        **where(dataset, test, data_root),
     )  # fmt: skip
     made = FinetuneRun(record, data, launch(settings), console)
     made.model.encoder.load_state_dict(opened.encoder.state_dict())
@@ -127,8 +126,8 @@ def _resume(
     if dataset is None and record.dataset is None:
         raise ConfigError(f"{folder} was started on images given in Python; give them again: dataset=...")
     dataset, test = record.dataset if dataset is None else dataset, record.test if test is None else test
-    where: dict[str, Any] = _where(dataset, test, data_root or record.data_root)
-    record = dataclasses.replace(record, **where)
+    again: dict[str, Any] = where(dataset, test, data_root or record.data_root)
+    record = dataclasses.replace(record, **again)
     data = _open(record.finetune, record.training.seed, dataset, test, record.data_root)
     made = FinetuneRun(record, data, launch(record.training), console)
     made.check_record(folder)
@@ -163,24 +162,6 @@ def _chosen(
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     settings: FinetuneTraining = typed_section("training", choice.values.get("training", {}) | dict(given), SECTIONS)
     return settings
-
-
-def _where(dataset: Any, test: Any, root: str | Path | None) -> dict[str, str | None]:
-    """Where the images are, as seen from any folder; None for what is a Python object."""
-    named = any(isinstance(spec, str) and is_named(spec) for spec in (dataset, test))
-    place = data_root_of(root) if named else root
-    return {
-        "dataset": _absolute(dataset),
-        "test": _absolute(test),
-        "data_root": None if place is None else os.path.abspath(os.path.expanduser(place)),
-    }
-
-
-def _absolute(spec: Any) -> str | None:
-    """A path is made absolute, the name of a data set stays; None for what is neither."""
-    if isinstance(spec, str) and (spec.startswith("hf:") or is_named(spec)):
-        return spec
-    return os.path.abspath(os.path.expanduser(spec)) if isinstance(spec, str | os.PathLike) else None
 
 
 def _new_folder(fabric: Fabric, out: str | Path | None) -> Path:

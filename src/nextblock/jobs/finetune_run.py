@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 from collections.abc import Iterator, Mapping
@@ -22,15 +21,14 @@ from nextblock.data.labelled import Labelled
 from nextblock.data.loading import default_workers, evaluation_batches, training_batches
 from nextblock.data.mixing import MIX_UNIFORMS, mix
 from nextblock.data.preprocess import Preprocessing
-from nextblock.data.sources import Source, explain_change, fingerprint, write_manifest
-from nextblock.data.sources.views import known_labels
+from nextblock.data.sources import Source, fingerprint, write_manifest
 from nextblock.data.stream import Batch, TrainingStream
-from nextblock.errors import ConfigError, DataError, RunError
+from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation.classification import Classified, classify
 from nextblock.jobs.finetune_config import FinetuneRecord, to_yaml
 from nextblock.jobs.finetune_parts import classifier_of, height_in, split_training
 from nextblock.jobs.finetune_report import finetune_card, finetune_curves
-from nextblock.jobs.record import described, header, start_record
+from nextblock.jobs.record import described_with_labels, header, require_same, start_record
 from nextblock.jobs.run import compile_layers
 from nextblock.randomness import uniforms
 from nextblock.training.ema import EMA
@@ -96,8 +94,8 @@ class FinetuneRun:
 
     def _write_record(self, folder: Path) -> None:
         about = environment(self.record.training.seed, self.fabric.device.type)
-        about["data"] = _described(self.train_source) | {"name": self.data.name, "note": self.data.note}
-        about["test"] = _described(self.data.test)
+        about["data"] = described_with_labels(self.train_source) | {"name": self.data.name, "note": self.data.note}
+        about["test"] = described_with_labels(self.data.test)
         write_text(folder / "environment.json", to_json(about))
         write_manifest(self.train_source, folder / "data_manifest.txt.gz")
         write_manifest(self.data.test, folder / "test_manifest.txt.gz")
@@ -106,18 +104,8 @@ class FinetuneRun:
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
         stored = json.loads((folder / "environment.json").read_text())
-        for what, source, manifest in (
-            ("data", self.train_source, "data_manifest.txt.gz"), ("test", self.data.test, "test_manifest.txt.gz"),
-        ):  # fmt: skip
-            now = _described(source)
-            changed = [name for name in ("sha256", "labels_sha256") if stored[what][name] != now[name]]
-            if changed:
-                change = explain_change(folder / manifest, source) if "sha256" in changed else "other labels"
-                side = {"data": "training", "test": "test"}[what]
-                raise RunError(
-                    f"The {side} data are not those that {folder} was started on: {change}. Bring them back, or start "
-                    "a new run."
-                )
+        sides = {"data": (self.train_source, "data_manifest.txt.gz"), "test": (self.data.test, "test_manifest.txt.gz")}
+        require_same(stored, sides, folder)
         before, threads = stored["torch_threads"], torch.get_num_threads()
         if before != threads:
             self.say(f"{threads} threads now, {before} when the run began: equal to rounding, not to the bit.")
@@ -146,6 +134,7 @@ class FinetuneRun:
         recorder = RunFolder(
             folder, images=len(self.train_source), max_bad_fraction=self.config.max_bad_fraction, progress=progress,
             keep_checkpoints=training.keep_checkpoints, start_step=start, rank=fabric.global_rank, columns=METRICS,
+            bad_option="finetune.max_bad_fraction",
         )  # fmt: skip
         if state is None:  # so that a run can be resumed from its first moment
             recorder.save(0, run_state(model, optimizer, meters, plan, 0) | self._extra_state())
@@ -290,8 +279,3 @@ class FinetuneRun:
             f"over classes, macro F1 {measured['macro_f1']:.2f} ({len(found):,} images)"
         )
         return result
-
-
-def _described(source: Source) -> dict[str, Any]:
-    labels = hashlib.sha256(known_labels(source).astype("<i8").tobytes()).hexdigest()
-    return described(source) | {"labels_sha256": labels}

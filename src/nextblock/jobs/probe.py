@@ -12,13 +12,15 @@ from rich.console import Console
 
 from nextblock.data.labelled import Labelled, open_labelled
 from nextblock.errors import ConfigError, RunError
+from nextblock.evaluation.feature_cache import weights_digest
 from nextblock.evaluation.probe_config import ProbeConfig
-from nextblock.jobs.opening import open_encoder
+from nextblock.jobs.opening import OpenedEncoder, open_encoder
 from nextblock.jobs.probe_report import Probed, finish, read_result, tell
-from nextblock.jobs.probe_run import ProbeRun, Target
-from nextblock.jobs.suite import Suite, run_suite
+from nextblock.jobs.probe_run import ProbeRun, Target, plain
+from nextblock.jobs.record import where
+from nextblock.jobs.suite import Suite, require_suite, run_suite
 from nextblock.recipes.config import typed_section
-from nextblock.training.checkpoint import newest_checkpoint
+from nextblock.training.checkpoint import list_checkpoints, newest_checkpoint
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import Fabric, launch
 from nextblock.training.run_folder import read_config
@@ -59,73 +61,74 @@ def probe(
     console = Console(quiet=quiet)
     given = dict(probe or {})
     if resume is not None:
-        clash = {"RUN": run, "--dataset": dataset, "--test": test, "--suite": suite, "--out": out}
-        return _resume(Path(resume), given, clash, data_root, console)
+        clash: dict[str, Any] = {"RUN": run, "--suite": suite, "--out": out}
+        clash |= {f"--probe.{name}": value for name, value in given.items()}
+        for name, value in clash.items():
+            if value is not None:
+                raise ConfigError(f"--resume continues {resume} as it is; leave out {name}.")
+        return _go_on(Path(resume), dataset, test, data_root, None, console)
     if run is None:
         raise ConfigError("Which encoder? Name a run folder or a folder of weights: nextblock probe RUN --dataset ...")
     if (dataset is None) == (suite is None):
         raise ConfigError("Name either a --dataset or a --suite (xtra15). `nextblock datasets` lists the data sets.")
     config: ProbeConfig = typed_section("probe", given, SECTIONS)
+    if suite is not None:
+        require_suite(suite)
     folder = Path(out) if out is not None else Path("runs") / f"{suite or 'probe'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if suite is None:
-        return _one(run, dataset, test, config, data_root, folder, console)
-    if test is not None:
+    if test is not None and suite is not None:
         raise ConfigError("--test belongs to one --dataset; a suite has its own test images.")
-
-    def one(name: str, where: Path) -> Probed:
-        return _one(run, name, None, config, data_root, where, console)
-
-    return run_suite(suite, data_root, folder, console, one)
-
-
-def _one(
-    run: str | Path, dataset: Any, test: Any, config: ProbeConfig, data_root: str | Path | None, folder: Path,
-    console: Console,
-) -> Probed:  # fmt: skip
-    """Probe on one data set in `folder`; one that is begun there goes on, one that is finished is read."""
-    if (folder / "config.yaml").is_file():
-        return _go_on(folder, {}, {}, data_root, console)
-    fabric = _launched(config)
     opened = open_encoder(run, "cpu")
-    data = _open(dataset, test, config, data_root)
-    target = Target(_absolute(run) or "", _named(dataset), _named(test), _absolute(data_root))
-    made = ProbeRun(target, config, opened, data, fabric, console)
+    fabric = _launched(config)
     folder = Path(fabric.broadcast(str(folder)))
+    if suite is None:
+        return _start(run, opened, dataset, test, config, data_root, folder, fabric, console)
+
+    def one(name: str, at: Path) -> Probed:
+        if (at / "config.yaml").is_file():
+            return _go_on(at, None, None, data_root, fabric, console)
+        return _start(run, opened, name, None, config, data_root, at, fabric, console)
+
+    signature = {"suite": suite, "weights": weights_digest(opened.encoder), "probe": plain(config)}
+    return run_suite(suite, signature, data_root, folder, fabric, console, one)
+
+
+def _start(
+    run: str | Path, opened: OpenedEncoder, dataset: Any, test: Any, config: ProbeConfig,
+    data_root: str | Path | None, folder: Path, fabric: Fabric, console: Console,
+) -> Probed:  # fmt: skip
+    """A new probe in a new folder."""
+    data = _open(dataset, test, config, data_root)
+    target = Target(os.path.abspath(os.path.expanduser(run)), **where(dataset, test, data_root))
+    made = ProbeRun(target, config, opened, data, fabric, console)
     made.describe()
     made.write_record(folder)
     return _trained(made, folder, None)
 
 
-def _resume(
-    folder: Path, given: dict[str, Any], clash: Mapping[str, Any], data_root: str | Path | None, console: Console
-) -> Probed:
-    for name, value in clash.items():
-        if value is not None and name in ("--suite", "--out"):
-            raise ConfigError(f"--resume continues {folder} as it is; leave out {name}.")
-    if given:
-        raise ConfigError(f"--resume continues {folder} as it is; leave out --probe.{next(iter(given))}.")
-    return _go_on(folder, clash, given, data_root, console)
-
-
 def _go_on(
-    folder: Path, objects: Mapping[str, Any], given: dict[str, Any], data_root: str | Path | None, console: Console
+    folder: Path, dataset: Any, test: Any, data_root: str | Path | None, fabric: Fabric | None, console: Console
 ) -> Probed:
+    """Continue a probe from its newest checkpoint, or from its start where it has none; read a finished one."""
     stored = read_config(folder)
     if "probe" not in stored:
         raise RunError(f"{folder} is a run, but not a probe's.")
+    target = Target(**stored["target"])
+    for name, given, kept in (("dataset", dataset, target.dataset), ("test", test, target.test)):
+        if given is not None and kept is not None:
+            raise ConfigError(f"--resume continues {folder} on the images it was started on; leave out --{name}.")
     if (found := read_result(folder)) is not None:
         tell(console, folder, found)
         return Probed(folder, found["rows"], found["best"])
-    target = Target(**stored["target"])
     config: ProbeConfig = typed_section("probe", stored["probe"], SECTIONS)
-    dataset = target.dataset if target.dataset is not None else objects.get("--dataset")
-    test = target.test if target.test is not None else objects.get("--test")
+    dataset = target.dataset if target.dataset is not None else dataset
     if dataset is None:
         raise ConfigError(f"{folder} was started on images in memory: hand them in again as dataset=...")
-    fabric = _launched(config)
-    data = _open(dataset, test, config, data_root or target.data_root)
+    fabric = fabric or _launched(config)
+    data = _open(dataset, target.test if target.test is not None else test, config, data_root or target.data_root)
     made = ProbeRun(target, config, open_encoder(target.run, "cpu"), data, fabric, console)
     made.check_record(folder)
+    if not list_checkpoints(folder / "checkpoints"):  # it was killed at its very beginning
+        return _trained(made, folder, None)
     _, state = newest_checkpoint(folder / "checkpoints", made.say)
     made.say(f"continuing {folder} after step {state['step']} of {made.plan.total_steps}")
     return _trained(made, folder, state)
@@ -134,9 +137,9 @@ def _go_on(
 def _trained(made: ProbeRun, folder: Path, state: dict[str, Any] | None) -> Probed:
     if stopped := made.train(folder, state):
         return Probed(folder, [], None, finished=False, signal=stopped)
-    if not made.fabric.is_global_zero:
-        return Probed(folder, [], None)
-    return finish(made, folder)
+    found = finish(made, folder) if made.fabric.is_global_zero else Probed(folder, [], None)
+    made.fabric.barrier()
+    return found
 
 
 def _launched(config: ProbeConfig) -> Fabric:
@@ -149,18 +152,6 @@ def _open(dataset: Any, test: Any, config: ProbeConfig, data_root: str | Path | 
         image_column=config.image_column, label_column=config.label_column, test_fraction=config.test_fraction,
         seed=config.seed,
     )  # fmt: skip
-
-
-def _named(spec: Any) -> str | None:
-    """As it is kept in config.yaml: None for what lives in Python only; paths as seen from anywhere."""
-    if not isinstance(spec, str | os.PathLike):
-        return None
-    text = os.fspath(spec)
-    return _absolute(text) if os.path.exists(os.path.expanduser(text)) and os.sep in text else text
-
-
-def _absolute(path: str | Path | None) -> str | None:
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
 
 
 __all__ = ["SECTIONS", "Probed", "probe"]

@@ -9,10 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nextblock.data.labelled import Labelled
+from nextblock.data.preprocess import Preprocessing
 from nextblock.data.selection import few_shot, held_out
-from nextblock.errors import DataError
+from nextblock.data.sources import Source
+from nextblock.data.stream import load_sample
+from nextblock.errors import DataError, SampleError
 from nextblock.evaluation.probe_config import LRS, ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder
+from nextblock.training.config import TrainingConfig
 
 
 def settled(config: ProbeConfig, data: Labelled, opened: OpenedEncoder, device: str) -> tuple[ProbeConfig, list[str]]:
@@ -51,3 +55,25 @@ def split_rows(labels: NDArray[np.int64], config: ProbeConfig) -> tuple[NDArray[
         fewest = int(np.unique(labels[val], return_counts=True)[1].min())
         val = val[few_shot(labels[val], min(config.few_shot, fewest), config.seed)]
     return known[rows], known[val]
+
+
+def training_config(config: ProbeConfig) -> TrainingConfig:
+    """The loop's configuration; learning rates, decay and clipping are each head's own."""
+    return TrainingConfig(
+        epochs=config.epochs, batch_size=config.batch_size, per_device_batch=config.per_device_batch,
+        lr=max(config.lrs), warmup_epochs=config.warmup_epochs, warmup_start=0.1, betas=config.betas,
+        precision=config.precision, seed=config.seed, device=config.device, devices=config.devices,
+        checkpoint_every_minutes=config.checkpoint_every_minutes,
+    )  # fmt: skip
+
+
+def require_readable(source: Source, preprocessing: Preprocessing) -> None:
+    """Raise DataError when none of the first images opens: better now than when all is trained."""
+    problem: SampleError | None = None
+    for index in range(min(len(source), 50)):
+        try:
+            load_sample(source, index, preprocessing)
+            return
+        except SampleError as error:
+            problem = problem or error
+    raise DataError(f"None of the first images of {source.description} can be read; the first: {problem}")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from nextblock.checkpoints.pretrained import save_pretrained
 from nextblock.data.named.published import PUBLISHED
+from nextblock.errors import RunError
 from nextblock.evaluation.classification import class_metrics, confusion
 from nextblock.evaluation.head_log import read_heads
 from nextblock.evaluation.probe import Predictions
@@ -49,10 +50,13 @@ def finish(run: ProbeRun, folder: Path) -> Probed:
     chooser = test if by_test else run.predictions("validation")
     diverged = run.trainer.diverged.cpu().numpy()
     scores = np.where(diverged, -1.0, chooser.top1())
-    rows = [_row(run, number, scores, test, by_test) for number in _chosen(run, scores)]
+    if (scores < 0).all():
+        raise RunError(f"All {len(scores)} heads diverged. Try smaller --probe.lrs in a new folder.")
+    rows = [_row(run, number, scores, test, by_test) for number in _chosen(run, scores) if scores[number] >= 0]
     best = max(rows, key=lambda row: row["chosen_by"])
     result = {
-        "dataset": run.data.name, "protocol": protocol(run), "images": _counts(run, test), "rows": rows, "best": best,
+        "dataset": run.data.name, "protocol": protocol(run), "select": run.config.select,
+        "images": _counts(run, test), "rows": rows, "best": best,
         "metric": run.data.dataset.metric if run.data.dataset else "accuracy",
         "heads": [_head(run, number, scores) for number in range(len(scores))],
         "left_out": [list(bad) for bad in run.left_out.values()],

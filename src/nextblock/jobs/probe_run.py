@@ -25,7 +25,7 @@ from nextblock.data.labelled import Labelled
 from nextblock.data.loading import default_workers, evaluation_batches, training_batches
 from nextblock.data.preprocess import normalize
 from nextblock.data.randaugment import RandAugment
-from nextblock.data.sources import Source, explain_change, fingerprint, write_manifest
+from nextblock.data.sources import Source, write_manifest
 from nextblock.data.sources.views import Subset, known_labels
 from nextblock.data.stream import BadSample, Batch, TrainingStream
 from nextblock.errors import ConfigError, DataError, RunError
@@ -42,14 +42,13 @@ from nextblock.evaluation.inference import device_of, inference
 from nextblock.evaluation.probe import Predictions, ProbeGrid, ProbeTraining, predict_all
 from nextblock.evaluation.probe_config import PUBLISHED_RANDAUGMENT, ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder
-from nextblock.jobs.probe_choice import settled, split_rows
-from nextblock.jobs.record import described, header, start_record
-from nextblock.training.config import TrainingConfig
+from nextblock.jobs.probe_choice import require_readable, settled, split_rows, training_config
+from nextblock.jobs.record import described_with_labels, header, require_same, start_record
 from nextblock.training.launch import Fabric
 from nextblock.training.loop import Intervals, Meters, run_state, train
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import RunFolder, environment, to_json, write_text
+from nextblock.training.run_folder import RunFolder, environment, max_bad_images, to_json, write_text
 from nextblock.training.signals import StopRequest
 from nextblock.xtra.classifier import layer_means
 
@@ -58,6 +57,8 @@ COLUMNS = (
     "val_loss", "diverged",
 )  # fmt: skip
 BATCH = 512
+MOST_AT_ONCE = 1024  # the published probes: 4096 images a step, in four parts
+ENCODED_AT_ONCE = 256
 ERASING = 0.25
 
 
@@ -95,7 +96,7 @@ class ProbeRun:
             self.config.specs(encoder.depth), encoder.width, len(data.classes),
             num_heads=config.num_heads, num_queries=config.num_queries, seed=config.seed,
         )  # fmt: skip
-        self.plan = Plan(len(self.train_rows), self._training_config(), fabric.global_rank, fabric.world_size)
+        self.plan = Plan(len(self.train_rows), training_config(self.config), fabric.global_rank, fabric.world_size)
         self.trainer = ProbeTraining(
             self.grid, fabric.device, label_smoothing=config.label_smoothing, clip=config.clip_grad_norm
         )
@@ -128,16 +129,15 @@ class ProbeRun:
                 f"probe.batch_size {asked} is larger than the {images} training images. Give at most {images}."
             )
         found = self.data.dataset
-        return replace(config, batch_size=asked or min(images, found.batch_size if found else BATCH))
-
-    def _training_config(self) -> TrainingConfig:
-        config = self.config
-        return TrainingConfig(
-            epochs=config.epochs, batch_size=config.batch_size, per_device_batch=config.per_device_batch,
-            lr=max(config.lrs), warmup_epochs=config.warmup_epochs, warmup_start=0.1, betas=config.betas,
-            precision=config.precision, seed=config.seed, device=config.device, devices=config.devices,
-            checkpoint_every_minutes=config.checkpoint_every_minutes,
-        )  # fmt: skip
+        batch = asked or min(images, found.batch_size if found else BATCH)
+        sized = replace(config, batch_size=batch, per_device_batch=config.per_device_batch or min(batch, MOST_AT_ONCE))
+        least = min(map(len, Plan(images, training_config(sized), 0, self.fabric.world_size).micro_batches(0)))
+        if least < 2 and "linear" in config.heads:
+            raise ConfigError(
+                f"BatchNorm needs two images or more at once; raise probe.batch_size ({batch}) or "
+                f"probe.per_device_batch ({sized.per_device_batch})."
+            )
+        return sized
 
     # --- what a run writes down ---
 
@@ -148,10 +148,12 @@ class ProbeRun:
     def _write_record(self, folder: Path) -> None:
         about = environment(self.config.seed, self.fabric.device.type)
         about["weights"] = {"where": str(self.opened.where), "sha256": weights_digest(self.opened.encoder)}
-        about["data"] = described(self.source)
+        about["data"] = described_with_labels(self.source)
+        about["test"] = described_with_labels(self.test)
         write_text(folder / "environment.json", to_json(about))
         write_manifest(self.source, folder / "data_manifest.txt.gz")
-        values = {"probe": _plain(self.config), "target": dataclasses.asdict(self.target)}
+        write_manifest(self.test, folder / "test_manifest.txt.gz")
+        values = {"probe": plain(self.config), "target": dataclasses.asdict(self.target)}
         comment = "".join(f"# {line}\n" for line in header("A probe").splitlines())
         write_text(folder / "config.yaml", comment + yaml.safe_dump(values, sort_keys=False))
 
@@ -162,16 +164,14 @@ class ProbeRun:
             raise RunError(
                 f"{self.target.run} now holds other weights than {folder} was started on. Start a new probe."
             )
-        if stored["data"]["sha256"] != fingerprint(self.source).sha256:
-            what = explain_change(folder / "data_manifest.txt.gz", self.source)
-            raise RunError(f"The images are not those that {folder} was started on: {what}. Start a new probe.")
+        sides = {"data": (self.source, "data_manifest.txt.gz"), "test": (self.test, "test_manifest.txt.gz")}
+        require_same(stored, sides, folder, "probe")
 
     # --- training ---
 
     def train(self, folder: Path, state: dict[str, Any] | None = None) -> int:
         """Train the heads in `folder`; return the number of the signal that stopped it, or 0."""
         fabric, plan, trainer = self.fabric, self.plan, self.trainer
-        self.prepare()
         start = 0 if state is None else int(state["step"])
         if state is not None:
             self.grid.load_state_dict(state["model"])
@@ -185,8 +185,8 @@ class ProbeRun:
         quiet = self.console.quiet or not fabric.is_global_zero
         progress = TrainingProgress(plan.total_steps, done=start, quiet=quiet, console=self.console)
         recorder = RunFolder(
-            folder, images=len(self.train_rows), max_bad_fraction=0.001, progress=progress, start_step=start,
-            rank=fabric.global_rank, columns=COLUMNS,
+            folder, images=len(self.train_rows), max_bad_fraction=self.config.max_bad_fraction, progress=progress,
+            start_step=start, rank=fabric.global_rank, columns=COLUMNS, bad_option="probe.max_bad_fraction",
         )  # fmt: skip
         heads = HeadLog(folder / "heads.csv", start)
         every = self.config.evaluate_every_epochs
@@ -194,8 +194,9 @@ class ProbeRun:
         intervals = Intervals(
             log=plan.log_every, evaluate=max(1, looks), checkpoint_minutes=self.config.checkpoint_every_minutes
         )
-        if state is None:
+        if state is None:  # so that a probe can be resumed from its first moment
             recorder.save(0, run_state(model, optimizer, meters, plan, 0) | {"probe": trainer.state()})
+        self.prepare()
         with StopRequest() as stop, progress:
             done = train(
                 fabric, model, optimizer, self._batches(start), self._loss_of, plan, intervals, recorder,
@@ -212,7 +213,12 @@ class ProbeRun:
     def prepare(self) -> None:
         """Put the encoder in its place and, where features are kept, compute them (the first process)."""
         self.opened.encoder.to(self.fabric.device).eval().requires_grad_(False)
-        if self.augmented or self._cached:
+        if self._cached:
+            return
+        if self.augmented:
+            for source in (Subset(self.source, self.val_rows), self.test):
+                if len(source):
+                    require_readable(source, self.opened.preprocessing)
             return
         if not self.fabric.is_global_zero:
             self.fabric.barrier()
@@ -231,6 +237,12 @@ class ProbeRun:
             self.fabric.barrier()
         self._cached = (found[0], found[1])
         self.left_out |= {bad.name: bad for features in found for bad in features.bad}
+        most = max_bad_images(len(self.source), self.config.max_bad_fraction)
+        if len(found[0].bad) > most:
+            raise DataError(
+                f"{len(found[0].bad)} images cannot be decoded, more than the {most} allowed; the first: "
+                f"{found[0].bad[0].name}. Mend or remove them, or raise probe.max_bad_fraction."
+            )
 
     def _batches(self, start: int) -> Iterator[Any]:
         config, order, positions = self.config, self.grid.inputs, self.plan.batches(start)
@@ -261,9 +273,12 @@ class ProbeRun:
 
     def inputs(self, images: Tensor) -> list[Tensor]:
         """What the grid reads of normalised images, from one pass of the frozen encoder."""
-        with inference(self.opened.encoder):
-            found = layer_means(self.opened.encoder, images, self.grid.inputs)
-        return [found[each] if self.grid.reads_tokens(each) else found[each].mean(1) for each in self.grid.inputs]
+        pooled = {each for each in self.grid.inputs if not self.grid.reads_tokens(each)}
+        parts = []
+        with inference(self.opened.encoder, bf16=self.config.precision != "fp32"):
+            for some in torch.split(images, ENCODED_AT_ONCE):  # frozen: the same numbers, less memory
+                parts.append(layer_means(self.opened.encoder, some, self.grid.inputs, pooled=pooled))
+        return [torch.cat([part[each] for part in parts]) for each in self.grid.inputs]
 
     # --- looking ---
 
@@ -300,7 +315,7 @@ class ProbeRun:
         return {"val_top1": best, "val_loss": least, "diverged": float((~alive).sum())}
 
     def _shown(self, source: Source, what: str) -> Iterator[Batch]:
-        size = self.config.per_device_batch or min(self.config.batch_size, 256)
+        size = min(self.config.per_device_batch, ENCODED_AT_ONCE)
         batches = evaluation_batches(
             source, self.opened.preprocessing, batch_size=size, workers=self._workers(),
             timeout_s=self.config.timeout_s, pin_memory=self.fabric.device.type == "cuda",
@@ -319,5 +334,5 @@ class ProbeRun:
         return default_workers(self.fabric.world_size) if self.config.workers < 0 else self.config.workers
 
 
-def _plain(config: ProbeConfig) -> dict[str, Any]:
+def plain(config: ProbeConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}

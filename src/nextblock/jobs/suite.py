@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from nextblock.data.named.published import PUBLISHED, SUITES
 from nextblock.errors import ConfigError, DataError, NextblockError, RunError, nearest
 from nextblock.figures.suite import draw_suite
 from nextblock.jobs.probe_report import Probed, read_result
-from nextblock.training.run_folder import to_json, write_text
+from nextblock.training.launch import Fabric, on_first_process
+from nextblock.training.run_folder import claim_folder, to_json, write_text
 
 SIGNATURE = "suite.json"
 HEAD_KEYS = ("lr", "weight_decay", "layers", "mean_per_class", "macro_f1")
@@ -31,16 +33,29 @@ class Suite:
     signal: int = 0
 
 
+def require_suite(suite: str) -> None:
+    """Raise ConfigError when there is no such suite."""
+    if suite not in SUITES:
+        raise ConfigError(f"There is no suite '{suite}'.{nearest(suite, SUITES)} Suites: {', '.join(SUITES)}.")
+
+
 def run_suite(
-    suite: str, root: str | Path | None, folder: Path, console: Console, one: Callable[[str, Path], Probed]
+    suite: str,
+    signature: Mapping[str, Any],
+    root: str | Path | None,
+    folder: Path,
+    fabric: Fabric,
+    console: Console,
+    one: Callable[[str, Path], Probed],
 ) -> Suite:
     """Probe each data set of the suite that is on this machine; `one` does it in a folder.
 
-    A data set that fails is told, and the next one is taken. Raises ConfigError for an unknown suite, RunError for
-    a folder that is no suite's, DataError when none of the data sets is here.
+    A data set that fails is told, and the next one is taken. `signature` says what was asked of which weights; a
+    suite goes on only with the same. Raises RunError for a folder that holds something else, DataError when none of
+    the data sets is here.
     """
-    if suite not in SUITES:
-        raise ConfigError(f"There is no suite '{suite}'.{nearest(suite, SUITES)} Suites: {', '.join(SUITES)}.")
+    if not fabric.is_global_zero:
+        console = Console(quiet=True)
     names = SUITES[suite]
     here = [name for name in names if find(name, data_root(root)) is not None]
     if not here:
@@ -48,30 +63,40 @@ def run_suite(
             f"None of the {len(names)} data sets of {suite} is in {data_root(root)}. `nextblock datasets` says how to "
             "get each; --data_root names their folder."
         )
-    _claim(folder, suite)
+    problem: RunError | None = None
+    try:
+        if fabric.is_global_zero:
+            _claim(folder, signature)
+    except RunError as error:
+        problem = error
+    on_first_process(fabric, problem)
     console.print(f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}", highlight=False)
     rows: list[dict[str, Any]] = []
     stopped = 0
     for name in here:
         console.print(f"\n{named(name).title}", style="bold", highlight=False)
+        _clear_unbegun(folder / name)
         try:
             done = one(name, folder / name)
-        except NextblockError as error:
-            console.print(f"failed: {error}", highlight=False, markup=False, soft_wrap=True)
-            rows.append({"dataset": name, "status": "failed", "reason": str(error)})
+        except Exception as error:  # whatever it is, it must not cost the other data sets
+            reason = str(error) if isinstance(error, NextblockError) else f"{type(error).__name__}: {error}"
+            console.print(f"failed: {reason}", highlight=False, markup=False, soft_wrap=True)
+            rows.append({"dataset": name, "status": "failed", "reason": reason})
             continue
         if done.signal:
             stopped = done.signal
             rows.append({"dataset": name, "status": "stopped"})
             break
         rows.append(row_of(name, folder / name))
-        _write(folder, suite, rows, names)
+        if fabric.is_global_zero:
+            _write(folder, suite, rows)
     told = {row["dataset"] for row in rows}
     rows += [
         {"dataset": name, "status": "not begun" if name in here else "missing"} for name in names if name not in told
     ]
     rows.sort(key=lambda row: names.index(row["dataset"]))
-    _write(folder, suite, rows, names)
+    if fabric.is_global_zero:
+        _write(folder, suite, rows)
     _tell(console, folder, suite, rows)
     return Suite(folder, rows, stopped)
 
@@ -81,6 +106,7 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
     result = read_result(folder)
     assert result is not None
     row: dict[str, Any] = {"dataset": name, "status": "done", "protocol": result["protocol"]}
+    row["select"] = result["select"]
     for kind in ("linear", "attentive"):
         mine = [head for head in result["rows"] if head["kind"] == kind]
         if mine:
@@ -97,22 +123,27 @@ def mean_of(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _claim(folder: Path, suite: str) -> None:
+def _claim(folder: Path, signature: Mapping[str, Any]) -> None:
     file = folder / SIGNATURE
     if file.is_file():
-        if json.loads(file.read_text()).get("suite") != suite:
-            raise RunError(f"{folder} holds another suite. Choose another --out.")
+        stored = json.loads(file.read_text())
+        changed = [name for name in signature if stored.get(name) != json.loads(json.dumps(signature[name]))]
+        if changed:
+            what = {"suite": "another suite", "weights": "other weights", "probe": "other --probe options"}
+            told = " and ".join(what[name] for name in changed)
+            raise RunError(f"{folder} was begun with {told}. Give the same to go on, or choose another --out.")
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty, and nothing is ever overwritten. Choose another --out.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, to_json({"suite": suite}))
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+    claim_folder(folder)
+    write_text(file, to_json(dict(signature)))
 
 
-def _write(folder: Path, suite: str, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+def _clear_unbegun(folder: Path) -> None:
+    """Remove what a probe left that was killed before its config.yaml was there: it holds nothing else."""
+    if folder.is_dir() and not (folder / "config.yaml").exists():
+        shutil.rmtree(folder)
+
+
+def _write(folder: Path, suite: str, rows: Sequence[dict[str, Any]]) -> None:
     """results.jsonl, table.md and the picture, of what is known now."""
     write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / "table.md", _markdown(suite, rows))
@@ -152,7 +183,9 @@ def _header() -> list[str]:
 
 def _markdown(suite: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [_header(), ["---"] * len(_header()), *_cells(rows)]
-    protocols = sorted({row["protocol"].split(" on ")[0] for row in rows if "protocol" in row})
+    how = {"test": "best head chosen on the test images, as in the papers' codes: optimistic"}
+    how["validation"] = "best head chosen on held-out training images"
+    protocols = sorted({how[row["select"]] for row in rows if "select" in row})
     note = f"Top-1 accuracy in percent, frozen encoder; {'; '.join(protocols)}. Published columns: attentive probes."
     return f"# {suite}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
 

@@ -119,6 +119,7 @@ class RunFolder:
         keep_checkpoints: of the newest.
         start_step: rows after this step are dropped from metrics.csv (they will be made again).
         columns: of metrics.csv.
+        bad_option: what raises `max_bad_fraction`.
     """
 
     def __init__(
@@ -132,10 +133,11 @@ class RunFolder:
         start_step: int = 0,
         rank: int = 0,
         columns: Sequence[str] = COLUMNS,
+        bad_option: str = "data.max_bad_fraction",
     ) -> None:
         self.path, self.progress, self.rank, self.columns = path, progress, rank, tuple(columns)
         self.keep_checkpoints = keep_checkpoints
-        self.max_bad = max(10, int(max_bad_fraction * images))
+        self.max_bad, self.bad_option = max_bad_images(images, max_bad_fraction), bad_option
         self.bad = dict.fromkeys(_column(path / "bad_samples.csv", "name"))
         self._unwritten: list[BadSample] = []
         self._tensorboard: Any = None
@@ -183,13 +185,13 @@ class RunFolder:
         if len(self.bad) > self.max_bad:
             raise DataError(
                 f"{len(self.bad)} images cannot be decoded, more than the {self.max_bad} allowed. They are listed in "
-                f"{self.path / 'bad_samples.csv'}. Mend or remove them, or raise data.max_bad_fraction."
+                f"{self.path / 'bad_samples.csv'}. Mend or remove them, or raise {self.bad_option}."
             )
 
     def _write_bad_samples(self, samples: list[BadSample]) -> None:
         file = self.path / "bad_samples.csv"
         new = not file.exists()
-        with open(file, "a", newline="", encoding="utf-8") as out:
+        with open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
             writer = csv.writer(out)
             if new:
                 writer.writerow(("name", "reason", "position"))
@@ -205,6 +207,11 @@ class RunFolder:
         write_text(file, "\n".join(lines) + "\n")
 
 
+def max_bad_images(images: int, fraction: float) -> int:
+    """How many distinct broken images are put up with."""
+    return max(10, int(fraction * images))
+
+
 def read_metrics(file: Path) -> list[dict[str, str]]:
     """The whole rows of a metrics.csv; a last line that was being written is left out."""
     text = file.read_text()
@@ -215,7 +222,7 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
 def _column(file: Path, name: str) -> list[str]:
     if not file.exists():
         return []
-    with open(file, newline="", encoding="utf-8") as lines:
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
         return [row[name] for row in csv.DictReader(lines) if row.get(name)]
 
 

@@ -23,7 +23,7 @@ class StackedAdamW(torch.optim.Optimizer):
         weight_decay: [all members].
         betas: of the two averages.
 
-    There is no `step()`: use `step_members`.
+    Make it when the parameters are on their device. There is no `step()`: use `step_members`.
     """
 
     def __init__(
@@ -31,15 +31,19 @@ class StackedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(list(groups), {"betas": betas})
         self.weight_decay = tuple(weight_decay)
+        first: Tensor = self.param_groups[0]["params"][0]
+        decays = first.new_tensor(self.weight_decay, dtype=torch.float64)
+        # On the device once: copying numbers to it in every step would make the host wait.
+        self._at = [torch.tensor(group["members"], device=first.device) for group in self.param_groups]
+        self._decay = [decays[at] * group["decayed"] for at, group in zip(self._at, self.param_groups, strict=True)]
 
     def norms(self) -> Tensor:
         """The gradient's norm of every member over all its parameters: [members]."""
         first = self.param_groups[0]["params"][0]
         total = torch.zeros(len(self.weight_decay), device=first.device, dtype=torch.float32)
-        for group in self.param_groups:
-            members = torch.tensor(group["members"], device=first.device)
+        for at, group in zip(self._at, self.param_groups, strict=True):
             for parameter in group["params"]:
-                total.index_add_(0, members, parameter.grad.float().flatten(1).square().sum(1))
+                total.index_add_(0, at, parameter.grad.float().flatten(1).square().sum(1))
         return total.sqrt()
 
     @torch.no_grad()
@@ -51,9 +55,7 @@ class StackedAdamW(torch.optim.Optimizer):
             scales: [members], what each member's gradient is multiplied by (clipping).
             good: bool [members]; the others keep their parameters and their state.
         """
-        for group in self.param_groups:
-            at = torch.tensor(group["members"], device=lrs.device)
-            decay = lrs.new_tensor(self.weight_decay)[at] if group["decayed"] else torch.zeros_like(lrs[at])
+        for at, decay, group in zip(self._at, self._decay, self.param_groups, strict=True):
             for parameter in group["params"]:
                 self._step(parameter, group["betas"], lrs[at], decay, scales[at], good[at])
 
@@ -65,15 +67,15 @@ class StackedAdamW(torch.optim.Optimizer):
 
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(len(parameter), device=parameter.device)
+            state["taken"] = torch.zeros(len(parameter), device=parameter.device)
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         assert parameter.grad is not None
         keep = wide(good)
         gradient = torch.where(keep, parameter.grad * wide(scale), 0)  # 0 · NaN would be NaN
-        state["step"] += good
+        state["taken"] += good
         for name, beta, value in (("mean", betas[0], gradient), ("square", betas[1], gradient.square())):
             state[name].lerp_(value, wide((1 - beta) * good.to(parameter.dtype)))
-        steps = state["step"].clamp(min=1).double()
+        steps = state["taken"].clamp(min=1).double()
         corrected = state["square"].div(wide(1 - betas[1] ** steps)).sqrt_().add_(EPS)
         step = state["mean"].div(wide(1 - betas[0] ** steps)).div_(corrected).mul_(wide(lr))
         decayed = parameter * wide(1 - lr * decay)

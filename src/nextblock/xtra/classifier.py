@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,21 @@ class LayerMean:
 
 
 def layer_means(
-    encoder: Encoder, images: Tensor, wanted: Sequence[LayerMean], uniforms: Tensor | None = None
+    encoder: Encoder,
+    images: Tensor,
+    wanted: Sequence[LayerMean],
+    uniforms: Tensor | None = None,
+    *,
+    pooled: Collection[LayerMean] = (),
 ) -> dict[LayerMean, Tensor]:
     """Every wanted mean, [B, N, D] in the order of the tokens, from one forward pass for each kind of attention.
 
-    `images` [B, C, H, W], normalised; `uniforms` [B, depth, 2] decides drop path in training.
+    Args:
+        encoder, images: [B, C, H, W], normalised.
+        wanted: which layers.
+        uniforms: [B, depth, 2] decides drop path in training.
+        pooled: those of `wanted` whose mean over tokens, [B, D], is enough; no tokens are kept for them.
+
     Raises ConfigError for layers that the encoder has not.
     """
     depth = encoder.config.depth
@@ -64,7 +74,8 @@ def layer_means(
         for layer, x in enumerate(outputs, start=1):
             for mean in mine:
                 if mean.first <= layer <= mean.last:
-                    found[mean] = found[mean] + x if mean in found else x
+                    read = x.mean(1) if mean in pooled else x
+                    found[mean] = found[mean] + read if mean in found else read
             if all(mean.last <= layer for mean in mine):
                 break
     return {mean: found[mean] / (mean.last - mean.first + 1) for mean in wanted}

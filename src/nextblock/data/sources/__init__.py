@@ -1,6 +1,6 @@
 """Where images come from: one small protocol, a way to open each kind of source, and views of sources."""
 
-from nextblock.data.sources.manifest import Fingerprint, explain_change, fingerprint, write_manifest
+from nextblock.data.sources.manifest import Fingerprint, content_digest, explain_change, fingerprint, write_manifest
 from nextblock.data.sources.opening import open_source
 from nextblock.data.sources.protocol import Sample, Source
 from nextblock.data.sources.views import Joined, Relabelled, Subset, class_names, known_labels, renumbered
@@ -13,6 +13,7 @@ __all__ = [
     "Source",
     "Subset",
     "class_names",
+    "content_digest",
     "explain_change",
     "fingerprint",
     "known_labels",

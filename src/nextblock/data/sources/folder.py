@@ -60,6 +60,14 @@ class FileSource:
     def labels(self) -> NDArray[np.int64] | None:
         return None if self._labels is None else self._labels.astype(np.int64)
 
+    def stamps(self) -> Iterator[str]:
+        """When each file was changed, in order."""
+        for index in range(len(self)):
+            try:
+                yield str(os.stat(os.path.join(self._root, self._name(index))).st_mtime_ns)
+            except OSError as error:
+                yield f"broken: {error.strerror}"
+
     def manifest(self) -> Iterator[tuple[str, int]]:
         # A folder is sorted already, and sorting sorted names is one pass; a list of files may not be.
         for name in sorted(self._name(index) for index in range(len(self))):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+from PIL import Image
+
 from nextblock.data.sources.protocol import Source
-from nextblock.errors import DataError
+from nextblock.errors import DataError, SampleError
 
 MANIFEST_LIMIT = 1_000_000
 _SHOWN = 3
@@ -31,6 +35,39 @@ def fingerprint(source: Source) -> Fingerprint:
         digest.update(_line(name, size))
         total += size
     return Fingerprint(len(source), total, digest.hexdigest())
+
+
+def content_digest(source: Source) -> str:
+    """More than the fingerprint: what must be equal for stored features to be those of these images, in this order.
+
+    Names in order, and what the source itself says of its content (`stamps`: times of change, columns, the choice of
+    a part). Of a source that cannot say it, such as a Python object, every image's content is read.
+    """
+    digest = hashlib.sha256(fingerprint(source).sha256.encode())
+    for index in range(len(source)):
+        digest.update(_line(source.name(index), index))
+    for stamp in stamps_of(source):
+        digest.update(_line(stamp, 0))
+    return digest.hexdigest()
+
+
+def stamps_of(source: Source) -> Iterator[str]:
+    """The source's own `stamps`, else a hash of each image's content."""
+    own = getattr(source, "stamps", None)
+    if own is not None:
+        yield from own()
+        return
+    for index in range(len(source)):
+        try:
+            content = source[index].content
+        except SampleError as error:
+            yield f"broken: {error.reason}"
+            continue
+        if isinstance(content, Image.Image):
+            content = np.asarray(content)
+        shape = "" if isinstance(content, bytes) else f"{content.shape}{content.dtype}"
+        data = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
+        yield f"{shape} {hashlib.sha256(data).hexdigest()}"
 
 
 def write_manifest(source: Source, path: str | os.PathLike[str]) -> None:

@@ -77,6 +77,13 @@ class TableSource:
     def labels(self) -> NDArray[np.int64] | None:
         return self._labels
 
+    def stamps(self) -> Iterator[str]:
+        """The image column, when each file was changed, and the table's own fingerprint where there are no files."""
+        yield self._column
+        yield from (str(os.stat(file).st_mtime_ns) for file in self._files)
+        if not self._files:
+            yield self._fingerprint
+
     def manifest(self) -> Iterator[tuple[str, int]]:
         if not self._files:
             # without the title: a folder that was moved holds the same data

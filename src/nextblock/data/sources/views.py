@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nextblock.data.sources.manifest import stamps_of
 from nextblock.data.sources.protocol import Sample, Source
 from nextblock.errors import DataError, SampleError
 
@@ -95,6 +96,10 @@ class Subset:
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
 
+    def stamps(self) -> Iterator[str]:
+        yield hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()
+        yield from stamps_of(self._source)
+
     def manifest(self) -> Iterator[tuple[str, int]]:
         # The whole of the inner source, whose entries need not be images, and one line for what is chosen of it.
         digest = hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()[:16]
@@ -142,6 +147,10 @@ class Joined:
         known = [part for part in labels if part is not None]
         return np.concatenate(known) if len(known) == len(labels) else None
 
+    def stamps(self) -> Iterator[str]:
+        for source in self._sources:
+            yield from stamps_of(source)
+
     def manifest(self) -> Iterator[tuple[str, int]]:
         parts = zip(self._titles, self._sources, strict=True)
         for title, source in sorted(parts, key=lambda part: os.fsencode(f"{part[0]}/")):
@@ -171,6 +180,9 @@ class WithLabels:
 
     def labels(self) -> NDArray[np.int64]:
         return self._labels
+
+    def stamps(self) -> Iterator[str]:
+        yield from stamps_of(self._source)
 
     def manifest(self) -> Iterator[tuple[str, int]]:
         return self._source.manifest()
