@@ -83,8 +83,8 @@ def probe(
     if suite is None:
         return _start(run, opened, dataset, test, config, data_root, folder, fabric, console)
 
-    def one(name: str, at: Path) -> Probed:
-        if (at / "config.yaml").is_file():
+    def one(name: str, at: Path, begun: bool) -> Probed:
+        if begun:
             return _go_on(at, None, None, data_root, fabric, console)
         return _start(run, opened, name, None, config, data_root, at, fabric, console)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -46,9 +47,9 @@ def run_suite(
     folder: Path,
     fabric: Fabric,
     console: Console,
-    one: Callable[[str, Path], Probed],
+    one: Callable[[str, Path, bool], Probed],
 ) -> Suite:
-    """Probe each data set of the suite that is on this machine; `one` does it in a folder.
+    """Probe each data set of the suite that is on this machine; `one` does it in a folder, where it may be begun.
 
     A data set that fails is told, and the next one is taken. `signature` says what was asked of which weights; a
     suite goes on only with the same. Raises RunError for a folder that holds something else, DataError when none of
@@ -75,9 +76,9 @@ def run_suite(
     stopped = 0
     for name in here:
         console.print(f"\n{named(name).title}", style="bold", highlight=False)
-        _clear_unbegun(folder / name)
+        begun = bool(fabric.broadcast(fabric.is_global_zero and _begun(folder / name)))  # as the first process sees it
         try:
-            done = one(name, folder / name)
+            done = one(name, folder / name, begun)
         except Exception as error:  # whatever it is, it must not cost the other data sets
             reason = str(error) if isinstance(error, NextblockError) else f"{type(error).__name__}: {error}"
             console.print(f"failed: {reason}", highlight=False, markup=False, soft_wrap=True)
@@ -137,10 +138,13 @@ def _claim(folder: Path, signature: Mapping[str, Any]) -> None:
     write_text(file, to_json(dict(signature)))
 
 
-def _clear_unbegun(folder: Path) -> None:
-    """Remove what a probe left that was killed before its config.yaml was there: it holds nothing else."""
-    if folder.is_dir() and not (folder / "config.yaml").exists():
+def _begun(folder: Path) -> bool:
+    """Whether a probe was begun there; what one left that was killed before its config.yaml is removed."""
+    if (folder / "config.yaml").is_file():
+        return True
+    if folder.is_dir():
         shutil.rmtree(folder)
+    return False
 
 
 def _write(folder: Path, suite: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -173,7 +177,7 @@ def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         lines.append([named(row["dataset"]).title, *own, *(percent(published.get(p.model)) for p in PUBLISHED)])
     means = [percent(mean_of(rows, kind)) for kind in ("linear", "attentive")]
     done = sum(row["status"] == "done" for row in rows)
-    lines.append([f"mean of {done} (published: of {len(rows)})", *means, *(percent(p.mean) for p in PUBLISHED)])
+    lines.append([f"mean of {done}", *means, *(percent(p.mean) for p in PUBLISHED)])
     return lines
 
 
@@ -186,15 +190,19 @@ def _markdown(suite: str, rows: Sequence[dict[str, Any]]) -> str:
     how = {"test": "best head chosen on the test images, as in the papers' codes: optimistic"}
     how["validation"] = "best head chosen on held-out training images"
     protocols = sorted({how[row["select"]] for row in rows if "select" in row})
-    note = f"Top-1 accuracy in percent, frozen encoder; {'; '.join(protocols)}. Published columns: attentive probes."
+    note = f"Top-1 accuracy in percent, frozen encoder; {'; '.join(protocols)}."
+    note += f" Published columns: attentive probes, their mean over all {len(rows)}."
     return f"# {suite}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
 
 
 def _tell(console: Console, folder: Path, suite: str, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(*_header(), title=f"{suite}: top-1 accuracy in percent; published columns are attentive probes")
+    title = f"{suite}: top-1 accuracy in percent; published columns are attentive probes"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    for i, title in enumerate(_header()):
+        table.add_column(title, no_wrap=i == 0, min_width=9)
     cells = _cells(rows)
-    for line in cells[:-1]:
-        table.add_row(*line)
+    for row, line in zip(rows, cells[:-1], strict=True):
+        table.add_row(row["dataset"], *line[1:])
     table.add_section()
     table.add_row(*cells[-1])
     console.print(table)
