@@ -197,7 +197,7 @@ def _markdown(suite: str, rows: Sequence[dict[str, Any]]) -> str:
 
 def _tell(console: Console, folder: Path, suite: str, rows: Sequence[dict[str, Any]]) -> None:
     title = f"{suite}: top-1 accuracy in percent; published columns are attentive probes"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, title in enumerate(_header()):
         table.add_column(title, no_wrap=i == 0, min_width=9)
     cells = _cells(rows)
