@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nextblock.errors import NextblockError, nearest
+from nextblock.errors import ConfigError, NextblockError, in_plain_words, nearest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -97,7 +99,7 @@ def _call(verb: str, job: Callable[..., Any], sections: dict[str, type], needs: 
     try:
         given = parser.parse_args(_spelled_out(args, types), defaults=False).as_dict()
     except ArgumentError as error:
-        told = " ".join(str(error).replace("Parser key", "option").split())
+        told = in_plain_words(str(error).replace("Parser key", "option"))
         if "unrecognized arguments" in told and "data" in sections:
             told += ". Images are given with --data.train PATH"
         return _fail(f"{verb}: {told}{help_line}", 2)
@@ -131,6 +133,8 @@ def _spelled_out(args: list[str], types: dict[str, Any]) -> list[str]:
             while rest and not rest[0].startswith("--"):
                 words.append(rest.pop(0))
             given = " ".join(words)
+            if not words:
+                raise ConfigError(f"{option} needs one value or several, with spaces between them.")
             plain = given.startswith(("[", "(", "null")) or (len(words) == 1 and "..." not in str(types[option]))
             equals, value = "=", given if plain else f"[{', '.join(given.split())}]"
         out.append(option + equals + value)
@@ -155,15 +159,25 @@ def _parser(verb: str, job: Callable[..., Any], sections: dict[str, type]) -> Ar
     optional = ["run"] if "run" in parameters and "run" not in required else []
     lists = [name for name, p in parameters.items() if str(p.annotation) == "list[int] | None"]
     for name in required:
-        parser.add_argument(name, type=str, metavar=name.upper(), nargs="+" if name == "images" else None)
+        several = "+" if name == "images" else None
+        parser.add_argument(name, type=str, metavar=name.upper(), nargs=several, help=_told_of(job, name))
     for name in optional:
-        parser.add_argument(name, type=str, metavar=name.upper(), nargs="?")
+        parser.add_argument(name, type=str, metavar=name.upper(), nargs="?", help=_told_of(job, name))
     for name in lists:
         parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help="one number or several")
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
+        for action in parser._actions:
+            if f"--{section}" in action.option_strings:  # the whole section from a file: not what anybody looks for
+                action.help = SUPPRESS
     parser.add_function_arguments(job, as_group=False, skip={*sections, *required, *optional, *lists})
     return parser
+
+
+def _told_of(job: Callable[..., Any], name: str) -> str:
+    """What the docstring says of a parameter."""
+    found = re.search(rf"^ {{8}}{name}: (.+?)(?=^ {{8}}\w|^\s*$)", job.__doc__ or "", flags=re.M | re.S)
+    return " ".join(found[1].split()) if found else ""
 
 
 if __name__ == "__main__":

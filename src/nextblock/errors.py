@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -42,3 +43,14 @@ def nearest(given: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string when nothing is close."""
     match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def in_plain_words(text: str) -> str:
+    """A parser's message on one line, without the names of Python types."""
+    text = " ".join(text.split())
+    text = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"Expected one of \1", text)
+    text = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"Expected {_KINDS.get(found[1], found[1])}", text)
+    return text.replace("List[", "list[")
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "yes or no"}

@@ -85,7 +85,7 @@ def curves() -> list[dict[str, Any]]:
 
 def test_the_best_head_of_each_kind_is_the_one_that_ends_best(drawn: list[Figure]) -> None:
     draw_probe_curves(curves(), "x.png")
-    assert labels(drawn[0]) == ["linear: best of 2, lr 0.2, 60.00 %", "attentive: best of 1, lr 0.1, 70.00 %"]
+    assert labels(drawn[0]) == ["linear: best of 2, lr 0.2, 60.00 %", "attentive: lr 0.1, 70.00 %"]
     loss, accuracy = drawn[0].axes
     assert [line.get_linewidth() > 2 for line in accuracy.get_lines()] == [True, False, True]
     assert loss.get_lines()[0].get_xydata().tolist() == [[1.0, 4.0], [2.0, 2.0]]

@@ -46,7 +46,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
 def test_wrong_verbs_and_options_name_the_nearest(capsys: pytest.CaptureFixture[str], images: Path) -> None:
     assert "Did you mean 'pretrain'?" in failure(capsys, "pretrian")
     assert "Did you mean '--training.epochs'?" in failure(capsys, "pretrain", "--training.epoch", 3)
-    assert "int" in failure(capsys, "pretrain", "--training.batch_size", "many")
+    assert "Expected a whole number" in failure(capsys, "pretrain", "--training.batch_size", "many")
     assert "No run or weights" in failure(
         capsys, "pretrain", "--init-from", "none", "--config", "xtra_cifar10", "--data.train", images
     )

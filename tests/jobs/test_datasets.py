@@ -20,7 +20,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_lists_all_of_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = datasets(root=root)
+    rows = datasets(data_root=root)
     printed = capsys.readouterr().out
     assert [row["name"] for row in rows] == list(NAMED)
     assert {row["name"]: row["path"] for row in rows if row["path"]} == {"food101": str(root / "food-101")}
@@ -38,7 +38,7 @@ def test_lists_all_of_them(root: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", NAMED)
 def test_tells_everything_about_one(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (row,) = datasets(root=root, name=name)
+    (row,) = datasets(data_root=root, name=name)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     words = " ".join(printed.split())
@@ -50,7 +50,7 @@ def test_tells_everything_about_one(name: str, root: Path, capsys: pytest.Captur
 
 
 def test_says_little_when_asked_to(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(datasets(root=root, quiet=True)) == 15
+    assert len(datasets(data_root=root, quiet=True)) == 15
     assert capsys.readouterr().out == ""
     with pytest.raises(DataError, match=r"no data set is named 'pet'\. Did you mean 'pets'\?"):
-        datasets(root=root, name="pet")
+        datasets(data_root=root, name="pet")

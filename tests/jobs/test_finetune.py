@@ -61,7 +61,7 @@ def test_a_run_leaves_what_is_promised(tuned: Path) -> None:
     config = json.loads((tuned / "exported" / "config.json").read_text())
     assert result["weights_sha256"] == config["sha256"]
     assert config["classes"] == ["left", "top"]
-    assert "decay 0.9" in (tuned / "exported" / "README.md").read_text()
+    assert "decay rising to 0.9" in (tuned / "exported" / "README.md").read_text()
 
 
 def test_exported_weights_are_the_average_and_open_as_a_classifier(tuned: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_cannot_go_on_is_refused(tuned: Path, run: Path, images: Path) -> N
         finetune(resume=tuned, finetune={"mixup": 0.0}, training={"epochs": 9}, quiet=True)
     with pytest.raises(ConfigError, match="leave out run"):
         finetune(resume=tuned, run=run, quiet=True)
-    with pytest.raises(RunError, match="is not a fine-tuning run"):
+    with pytest.raises(RunError, match=r"is a pre-training run\. Continue it with: nextblock pretrain --resume"):
         finetune(resume=run, quiet=True)
     with pytest.raises(ConfigError, match=r"needs labelled images.*--dataset"):
         finetune(run=run, quiet=True)

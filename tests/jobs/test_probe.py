@@ -371,7 +371,7 @@ def test_nothing_is_overwritten_and_only_the_same_goes_on(run: Path, images: Pat
         probe(resume=tmp_path / "done", run=run, quiet=True)
     with pytest.raises(ConfigError, match="leave out --dataset"):
         probe(resume=tmp_path / "done", dataset="elsewhere", quiet=True)
-    with pytest.raises(RunError, match="is a run, but not a probe's"):
+    with pytest.raises(RunError, match=r"is a pre-training run\. Continue it with: nextblock pretrain --resume"):
         probe(resume=run, quiet=True)
     data = tmp_path / "data"
     shutil.copytree(images, data)

@@ -136,7 +136,9 @@ def draw_probe_curves(rows: Sequence[Row], path: str | Path, *, title: str = "")
         axes.set_ylabel("cross-entropy" if column == "train_loss" else ACCURACY)
         axes.set_title("Training loss" if column == "train_loss" else "Validation accuracy", fontsize=11)
         if column == "train_loss":
-            axes.set_ylim(0, _top([max(loss for _, loss in pairs) for pairs in heads.values()]))
+            highest = _top([max(loss for _, loss in pairs) for pairs in heads.values()])
+            lowest = min(loss for pairs in heads.values() for _, loss in pairs)
+            axes.set_ylim(lowest - 0.05 * max(highest - lowest, 0.1), highest)
         plain(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(panels), frameon=False, fontsize=9)
@@ -170,7 +172,10 @@ def _best_heads(
     count = {kind: sum(str(row["kind"]) == kind for row in about.values()) for kind in best}
     rate = {head: f"lr {float(about[head]['lr']):g}" for head in best.values()}
     last = {head: told.format(panels[column][head][-1][1]) for head in best.values()}
-    return {head: f"{kind}: best of {count[kind]}, {rate[head]}, {last[head]}" for kind, head in best.items()}
+    return {
+        head: f"{kind}: " + (f"best of {count[kind]}, " if count[kind] > 1 else "") + f"{rate[head]}, {last[head]}"
+        for kind, head in best.items()
+    }
 
 
 def _shade(row: Row, everyone: Sequence[Row], full: bool) -> str:

@@ -76,7 +76,7 @@ def _choose_geometry(choice: Choice, source: Source, device: str) -> None:
     if channels != 3:
         choice.take("model", "the images are gray", channels=channels)
     if size <= 64:
-        choice.take("data", "small images are not cropped when evaluated", resize_px=size)
+        choice.take("data", "at so few px, evaluation shrinks whole images and crops little", resize_px=size)
 
 
 def _fitting(size: int, patch: int | None) -> tuple[int, int]:

@@ -9,16 +9,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nextblock.data.named import NAMED, PUBLISHED, NamedDataset, data_root, find, named
+from nextblock.data.named import NAMED, PUBLISHED, NamedDataset, find, named
+from nextblock.data.named import data_root as data_root_of
 
 _PLAIN_WIDTH = 100  # characters, where the output is not a terminal that says how wide it is
 
 
-def datasets(*, root: str | Path | None = None, name: str | None = None, quiet: bool = False) -> list[dict[str, Any]]:
+def datasets(
+    *, data_root: str | Path | None = None, name: str | None = None, quiet: bool = False
+) -> list[dict[str, Any]]:
     """List the benchmark data sets that are known by name, or tell everything about one.
 
     Args:
-        root: the folder of all data sets; $NEXTBLOCK_DATA, else ./datasets, when left out.
+        data_root: the folder of all data sets; $NEXTBLOCK_DATA, else ./datasets, when left out.
         name: of one data set; all of them when left out.
         quiet: print nothing.
 
@@ -30,11 +33,11 @@ def datasets(*, root: str | Path | None = None, name: str | None = None, quiet: 
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     chosen = [named(name)] if name is not None else list(NAMED.values())
-    rows = [_row(dataset, root) for dataset in chosen]
+    rows = [_row(dataset, data_root) for dataset in chosen]
     if name is not None:
         _print_one(console, rows[0])
     else:
-        _print_all(console, rows, data_root(root))
+        _print_all(console, rows, data_root_of(data_root))
     return rows
 
 
@@ -42,7 +45,7 @@ def _row(dataset: NamedDataset, root: str | Path | None) -> dict[str, Any]:
     fields = ("name", "title", "classes", "train_splits", "test_split", "metric", "batch_size", "lrs", "warmup_epochs")
     row = {field: getattr(dataset, field) for field in (*fields, "url", "how", "hub", "folder", "tested_on")}
     path = find(dataset.name, root)
-    return row | {"path": None if path is None else str(path), "usual_path": str(data_root(root) / dataset.folder)}
+    return row | {"path": None if path is None else str(path), "usual_path": str(data_root_of(root) / dataset.folder)}
 
 
 def _splits(row: dict[str, Any]) -> str:
@@ -58,7 +61,7 @@ def _print_all(console: Console, rows: list[dict[str, Any]], root: Path) -> None
         table.add_row(row["name"], row["title"], str(row["classes"]), _splits(row), here, row["tested_on"])
     console.print(table)
     there = sum(row["path"] is not None for row in rows)
-    told = f"{there} of {len(rows)} are below {root} (another place: --root, or the variable NEXTBLOCK_DATA)."
+    told = f"{there} of {len(rows)} are below {root} (another place: --data_root, or the variable NEXTBLOCK_DATA)."
     console.print(told, highlight=False, markup=False)
     console.print(
         "How to get one and everything else about it: nextblock datasets --name NAME. Layouts tested on a fixture were "

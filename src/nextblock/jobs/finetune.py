@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from nextblock.data.labelled import Labelled, open_labelled
-from nextblock.errors import ConfigError, RunError
+from nextblock.errors import ConfigError
 from nextblock.jobs.finetune_config import (
     SECTIONS,
     FinetuneConfig,
@@ -30,7 +30,7 @@ from nextblock.jobs.record import where
 from nextblock.recipes.config import typed_section
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.launch import Fabric, launch, pick_device
-from nextblock.training.run_folder import read_config
+from nextblock.training.run_folder import read_config, require_free, require_job
 
 # What may differ when a run goes on. Not the passes of a step: BatchNorm and mixing see a whole forward pass.
 FREE_ON_RESUME = {
@@ -77,6 +77,8 @@ def finetune(
     if run is None or dataset is None:
         missing = "a pre-trained run (run)" if run is None else "labelled images (--dataset, a name or a folder)"
         raise ConfigError(f"fine-tuning needs {missing}; or --resume FOLDER continues a run.")
+    if out is not None:
+        require_free(Path(out))
     opened = open_encoder(run, device="cpu")
     config: FinetuneConfig = typed_section("finetune", given["finetune"], SECTIONS)
     first: FinetuneTraining = typed_section("training", given["training"], SECTIONS)
@@ -111,10 +113,7 @@ def _resume(
         if value is not None:
             raise ConfigError(f"--resume continues {folder} as it is; leave out {name}.")
     stored = read_config(folder)
-    if "finetune" not in stored:
-        raise RunError(
-            f"{folder} is not a fine-tuning run. `nextblock pretrain --resume` continues a pre-training run."
-        )
+    require_job(stored, folder, "finetune")
     before = from_values(stored)
     for name, values in given.items():
         typed_section(name, values, SECTIONS)  # refuses what is not a key of the section

@@ -16,7 +16,9 @@ from nextblock.xtra.config import XTRAConfig
 def finetune_card(record: FinetuneRecord, data: Labelled, measured: Mapping[str, Any]) -> str:
     """Markdown: what the weights are, what they were trained on, what was measured, how to load them."""
     model, config, training = XTRAConfig.from_dict(record.model), record.finetune, record.training
-    weights = f"exponential moving average, decay {config.ema_decay:g}" if config.ema_decay else "of the last step"
+    weights = (
+        f"exponential moving average, decay rising to {config.ema_decay:g}" if config.ema_decay else "of the last step"
+    )
     attention = "bidirectional" if config.bidirectional else "block-causal"
     shots = f", {config.few_shot} of each class" if config.few_shot else ""
     (height, width), patch = model.image, model.patch

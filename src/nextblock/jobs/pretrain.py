@@ -28,7 +28,7 @@ from nextblock.recipes.config import (
 )
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.launch import Fabric, launch, pick_device
-from nextblock.training.run_folder import read_config
+from nextblock.training.run_folder import read_config, require_job
 
 # What may differ when a run goes on: nothing that changes which numbers it computes.
 FREE_ON_RESUME = {
@@ -115,6 +115,7 @@ def _resume(
         if value is not None:
             raise ConfigError(f"--resume continues {folder} as it is; leave out --{name.replace('_', '-')}.")
     stored = read_config(folder)
+    require_job(stored, folder, "pretrain")
     settings = typed(merge(stored, given))
     changed = [d for d in differences(to_values(typed(stored)), to_values(settings)) if d[0] not in FREE_ON_RESUME]
     if changed:

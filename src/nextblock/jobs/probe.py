@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from nextblock.data.labelled import Labelled, open_labelled
-from nextblock.errors import ConfigError, RunError
+from nextblock.errors import ConfigError
 from nextblock.evaluation.feature_cache import weights_digest
 from nextblock.evaluation.probe_config import ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder, open_encoder
@@ -23,7 +23,7 @@ from nextblock.recipes.config import typed_section
 from nextblock.training.checkpoint import list_checkpoints, newest_checkpoint
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import Fabric, launch
-from nextblock.training.run_folder import read_config
+from nextblock.training.run_folder import read_config, require_free, require_job
 
 SECTIONS = {"probe": ProbeConfig}
 
@@ -77,6 +77,8 @@ def probe(
     folder = Path(out) if out is not None else Path("runs") / f"{suite or 'probe'}-{time.strftime('%Y%m%d-%H%M%S')}"
     if test is not None and suite is not None:
         raise ConfigError("--test belongs to one --dataset; a suite has its own test images.")
+    if suite is None:
+        require_free(folder)
     opened = open_encoder(run, "cpu")
     fabric = _launched(config)
     folder = Path(fabric.broadcast(str(folder)))
@@ -110,8 +112,7 @@ def _go_on(
 ) -> Probed:
     """Continue a probe from its newest checkpoint, or from its start where it has none; read a finished one."""
     stored = read_config(folder)
-    if "probe" not in stored:
-        raise RunError(f"{folder} is a run, but not a probe's.")
+    require_job(stored, folder, "probe")
     target = Target(**stored["target"])
     for name, given, kept in (("dataset", dataset, target.dataset), ("test", test, target.test)):
         if given is not None and kept is not None:

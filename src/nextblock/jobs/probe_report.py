@@ -56,7 +56,7 @@ def finish(run: ProbeRun, folder: Path) -> Probed:
     best = max(rows, key=lambda row: row["chosen_by"])
     result = {
         "dataset": run.data.name, "protocol": protocol(run), "select": run.config.select,
-        "images": _counts(run, test), "rows": rows, "best": best,
+        "training": training(run), "images": _counts(run, test), "rows": rows, "best": best,
         "metric": run.data.dataset.metric if run.data.dataset else "accuracy",
         "heads": [_head(run, number, scores) for number in range(len(scores))],
         "left_out": [list(bad) for bad in run.left_out.values()],
@@ -81,6 +81,14 @@ def protocol(run: ProbeRun) -> str:
     return f"best of the grid on {len(run.val_rows):,} held-out training images, then measured once on the test images"
 
 
+def training(run: ProbeRun) -> str:
+    """How the heads were trained, in a few words: what differs from the published protocol is to be seen."""
+    config = run.config
+    shots = f", {config.few_shot} images of each class" if config.few_shot else ""
+    augmented = {"published": "RandAugment and erasing", "flip": "crop and flip", "none": "no augmentation"}
+    return f"{config.epochs:g} epochs, {augmented[config.augment]}{shots}"
+
+
 def _chosen(run: ProbeRun, scores: np.ndarray[Any, Any]) -> list[int]:
     """The best head for each kind and layers; of equals the first."""
     best: dict[tuple[str, str], int] = {}
@@ -96,14 +104,18 @@ def _row(run: ProbeRun, number: int, scores: np.ndarray[Any, Any], test: Predict
     said, truth = torch.from_numpy(test.classes[number]).long(), torch.from_numpy(test.labels)
     metrics = class_metrics(said, truth, len(run.data.classes))
     row = {"head": number, **spec.to_dict(), "first": spec.layers.first, "last": spec.layers.last}
-    row |= {"bidirectional": spec.layers.bidirectional, "chosen_by": float(scores[number])}
-    row |= {"val_top1": None if by_test else float(scores[number]), "test_top1": metrics["top1"]}
-    return row | {name: metrics[name] for name in ("mean_per_class", "macro_f1")}
+    chosen_by = round(float(scores[number]), 4)
+    row |= {"bidirectional": spec.layers.bidirectional, "chosen_by": chosen_by}
+    row |= {"val_top1": None if by_test else chosen_by, "test_top1": round(metrics["top1"], 4)}
+    return row | {name: round(metrics[name], 4) for name in ("mean_per_class", "macro_f1")}
 
 
 def _head(run: ProbeRun, number: int, scores: np.ndarray[Any, Any]) -> dict[str, Any]:
     lost = bool(scores[number] < 0)
-    return run.grid.specs[number].to_dict() | {"accuracy": None if lost else float(scores[number]), "diverged": lost}
+    return run.grid.specs[number].to_dict() | {
+        "accuracy": None if lost else round(float(scores[number]), 4),
+        "diverged": lost,
+    }
 
 
 def _counts(run: ProbeRun, test: Predictions) -> dict[str, int]:
@@ -116,11 +128,23 @@ def _export(run: ProbeRun, number: int, folder: Path, result: dict[str, Any]) ->
     model.encoder.load_state_dict(run.opened.encoder.state_dict())
     model.head.load_state_dict(run.grid.head_state(number))
     best = result["best"]
-    card = (
-        f"# A probe of {run.target.run} on {run.data.name}\n\nA frozen encoder with a trained head: "
-        f"{run.grid.specs[number].name}. {best['test_top1']:.2f} % of {result['images']['test']:,} test images right "
-        f"({result['protocol']}).\n\n```sh\nnextblock predict THIS_FOLDER IMAGES\n```\n"
-    )
+    shown = ", ".join(run.data.classes[:20]) + (", ..." if len(run.data.classes) > 20 else "")
+    height, width = run.opened.preprocessing.size_px
+    card = f"""# A probe of {run.target.run} on {run.data.name}
+
+A frozen encoder with a trained head, by nextblock.
+
+- head: {run.grid.specs[number].name}; {result["training"]}
+- classes: {len(run.data.classes)} ({shown})
+- images: {height}×{width} px
+- {best["test_top1"]:.2f} % of {result["images"]["test"]:,} test images right; {result["protocol"]}
+
+```python
+import nextblock
+
+rows = nextblock.predict(run="PATH_TO_THIS_FOLDER", images=["photo.jpg"])
+```
+"""
     save_pretrained(folder / "exported", model, run.opened.preprocessing.to_dict(), card)
 
 
@@ -159,7 +183,8 @@ def tell(console: Console, folder: Path, result: dict[str, Any]) -> None:
         told = ", ".join(f"{model} {percent:.1f} %" for model, percent in known)
         console.print(f"published attentive probes: {told}", highlight=False, soft_wrap=True)
     counts = result["images"]
-    told = f"{counts['training']:,} training and {counts['test']:,} test images; {result['protocol']}"
+    told = f"{counts['training']:,} training and {counts['test']:,} test images, {result['training']}; "
+    told += result["protocol"]
     console.print(told, highlight=False, soft_wrap=True)
     if edge := _at_the_edge(result):
         console.print(edge, highlight=False, soft_wrap=True)

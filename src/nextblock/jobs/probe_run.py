@@ -196,7 +196,11 @@ class ProbeRun:
         )
         if state is None:  # so that a probe can be resumed from its first moment
             recorder.save(0, run_state(model, optimizer, meters, plan, 0) | {"probe": trainer.state()})
-        self.prepare()
+        try:
+            self.prepare()
+        except KeyboardInterrupt:
+            self.say(f"\ninterrupted while features were computed. Start them again with:\n  {_again(folder)}")
+            raise
         with StopRequest() as stop, progress:
             done = train(
                 fabric, model, optimizer, self._batches(start), self._loss_of, plan, intervals, recorder,
@@ -207,7 +211,7 @@ class ProbeRun:
         if done == plan.total_steps:
             return 0
         self.say(f"stopped after step {done} of {plan.total_steps}; everything is saved. Continue with:")
-        self.say(f"  nextblock probe --resume {folder}")
+        self.say(f"  {_again(folder)}")
         return stop.received or signal.SIGTERM
 
     def prepare(self) -> None:
@@ -332,6 +336,10 @@ class ProbeRun:
 
     def _workers(self) -> int:
         return default_workers(self.fabric.world_size) if self.config.workers < 0 else self.config.workers
+
+
+def _again(folder: Path) -> str:
+    return f"nextblock probe --resume {folder}"
 
 
 def plain(config: ProbeConfig) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
     result = read_result(folder)
     assert result is not None
     row: dict[str, Any] = {"dataset": name, "status": "done", "protocol": result["protocol"]}
-    row["select"] = result["select"]
+    row |= {"select": result["select"], "training": result["training"]}
     for kind in ("linear", "attentive"):
         mine = [head for head in result["rows"] if head["kind"] == kind]
         if mine:
@@ -191,6 +191,8 @@ def _markdown(suite: str, rows: Sequence[dict[str, Any]]) -> str:
     how["validation"] = "best head chosen on held-out training images"
     protocols = sorted({how[row["select"]] for row in rows if "select" in row})
     note = f"Top-1 accuracy in percent, frozen encoder; {'; '.join(protocols)}."
+    trained = sorted({row["training"] for row in rows if "training" in row})
+    note += f" Heads: {'; '.join(trained)} (published: 100 epochs, RandAugment and erasing)." if trained else ""
     note += f" Published columns: attentive probes, their mean over all {len(rows)}."
     return f"# {suite}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
 
@@ -202,10 +204,13 @@ def _tell(console: Console, folder: Path, suite: str, rows: Sequence[dict[str, A
         table.add_column(title, no_wrap=i == 0, min_width=9)
     cells = _cells(rows)
     for row, line in zip(rows, cells[:-1], strict=True):
-        table.add_row(row["dataset"], *line[1:])
+        if row["status"] != "missing":
+            table.add_row(row["dataset"], *line[1:])
     table.add_section()
     table.add_row(*cells[-1])
     console.print(table)
+    if missing := [row["dataset"] for row in rows if row["status"] == "missing"]:
+        console.print(f"not on this machine: {', '.join(missing)}", highlight=False, soft_wrap=True)
     console.print(
         f"everything is in {folder}: results.jsonl, table.md, figures/suite.png", highlight=False, soft_wrap=True
     )

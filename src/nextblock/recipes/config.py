@@ -14,7 +14,7 @@ import yaml
 
 from nextblock.data.augment import CropConfig
 from nextblock.data.preprocess import Preprocessing
-from nextblock.errors import ConfigError, nearest
+from nextblock.errors import ConfigError, in_plain_words, nearest
 from nextblock.training.config import TrainingConfig
 from nextblock.xtra.config import PRESETS, XTRAConfig
 
@@ -221,7 +221,7 @@ def _instantiated(sections: Mapping[str, type], values: Mapping[str, Any]) -> di
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
-        raise ConfigError(str(cause) if cause else " ".join(str(error).split())) from error
+        raise ConfigError(str(cause) if cause else in_plain_words(str(error))) from error
     return {section: getattr(made, section) for section in sections}
 
 

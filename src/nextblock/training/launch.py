@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from lightning.fabric import Fabric
 
-from nextblock.errors import RunError
+from nextblock.errors import ConfigError, RunError
 from nextblock.training.config import TrainingConfig
 
 __all__ = ["Fabric", "launch", "on_first_process", "pick_device"]
 
 
 def pick_device(device: str) -> str:
-    """ "auto", "cpu" or "cuda" -> the device to use. Raises RunError when CUDA is asked for and absent."""
+    """ "auto", "cpu" or "cuda" -> the device to use. Raises ConfigError for anything else, RunError when CUDA is asked
+    for and absent."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda'; got {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("No CUDA device is usable here; `nextblock doctor` says why. Use the CPU.")
     return device

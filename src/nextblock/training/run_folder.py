@@ -85,6 +85,13 @@ def _commit() -> str | None:
         return None
 
 
+def require_free(path: Path) -> None:
+    """Raise RunError when the folder holds something: `claim_folder` would, but after the work of reading data."""
+    if path.is_dir() and any(path.iterdir()):
+        advice = f"Continue it with --resume {path}, or choose another --out."
+        raise RunError(f"{path} is not empty, and nothing is ever overwritten. {advice}")
+
+
 def claim_folder(path: Path, advice: str = "Choose another --out.") -> None:
     """Make a new, empty folder. Raises RunError, ending in `advice`, when it holds something or cannot be written."""
     try:
@@ -106,6 +113,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} {what}.{nearest(path.name, siblings)}")
     values: dict[str, Any] = yaml.safe_load(file.read_text())
     return values
+
+
+def require_job(stored: dict[str, Any], folder: Path, job: str) -> None:
+    """Raise RunError, naming the verb that can, when the run in `folder` is not one of `job`."""
+    kind = next((name for name in ("probe", "finetune") if name in stored), "pretrain")
+    if kind != job:
+        what = {"probe": "a probe", "finetune": "a fine-tuning run", "pretrain": "a pre-training run"}[kind]
+        raise RunError(f"{folder} is {what}. Continue it with: nextblock {kind} --resume {folder}")
 
 
 class RunFolder:
