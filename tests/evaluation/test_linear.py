@@ -3,6 +3,7 @@ import warnings
 import numpy as np
 import pytest
 
+from nextblock.data.selection import held_out
 from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation import linear
 from nextblock.evaluation.features import Features
@@ -58,10 +59,10 @@ def test_running_out_of_iterations_is_told_not_printed(monkeypatch: pytest.Monke
 
 def test_every_class_is_held_out_in_proportion() -> None:
     labels = np.repeat([0, 1, 2, 3], [100, 20, 2, 1])
-    chosen = linear._held_out(labels, seed=0)
+    chosen = held_out(labels, linear.HELD_OUT, 0, "linear/held_out")
     assert [int(chosen[labels == c].sum()) for c in range(4)] == [15, 3, 1, 0]
-    assert (chosen == linear._held_out(labels, seed=0)).all()
-    assert (chosen != linear._held_out(labels, seed=1)).any()
+    assert (chosen == held_out(labels, linear.HELD_OUT, 0, "linear/held_out")).all()
+    assert (chosen != held_out(labels, linear.HELD_OUT, 1, "linear/held_out")).any()
 
 
 def test_features_stay_as_they_were_and_constants_do_no_harm() -> None:
@@ -77,5 +78,5 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match="strengths"):
         linear_accuracy(made(50, 0), made(10, 1), strengths=[0.0])
     each = Features(np.eye(4, dtype=np.float32), np.arange(4), np.arange(4))
-    with pytest.raises(DataError, match="class of its own"):
+    with pytest.raises(DataError, match="a class with at least two"):
         linear_accuracy(each, each)

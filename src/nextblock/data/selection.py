@@ -9,13 +9,15 @@ from nextblock.errors import ConfigError, DataError
 from nextblock.randomness import permutation
 
 
-def held_out(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
+def held_out(
+    labels: NDArray[np.int64], fraction: float, seed: int, purpose: str = "selection/held_out"
+) -> NDArray[np.bool_]:
     """Hold out the `fraction` of every class, rounded, at least one image and never a class's last one.
 
     Args:
         labels: class numbers int64 [N]; images with -1 (no label) and a class's only image are never held out.
         fraction: between 0 and 1.
-        seed: decides which images.
+        seed, purpose: decide which images.
 
     Returns bool [N], True where held out. Raises ConfigError for a fraction that cannot work, DataError when no
     class has two images.
@@ -23,14 +25,15 @@ def held_out(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[n
     if not 0 < fraction < 1:
         raise ConfigError(f"the fraction to hold out must lie between 0 and 1; got {fraction!r}.")
     chosen = np.zeros(len(labels), dtype=bool)
-    for members in _by_class(labels, seed, "selection/held_out").values():
+    for members in _by_class(labels, seed, purpose).values():
         if len(members) > 1:
             count = min(max(1, round(fraction * len(members))), len(members) - 1)
             chosen[members[:count]] = True
     if not chosen.any():
         raise DataError(
             f"no image can be held out: none of the classes of these {len(labels)} images has two images. "
-            "Add images, or hold none out: a test set of its own; --probe.select test; --finetune.val_fraction 0."
+            "Choosing by held-out images needs a class with at least two: add images, or hold none out "
+            "(--probe.select test, --finetune.val_fraction 0)."
         )
     return chosen
 

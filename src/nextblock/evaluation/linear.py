@@ -13,9 +13,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from nextblock.errors import ConfigError, DataError
+from nextblock.data.selection import held_out
+from nextblock.errors import ConfigError
 from nextblock.evaluation.features import Features, labelled_pair
-from nextblock.randomness import permutation
 
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HELD_OUT = 0.15
@@ -65,9 +65,11 @@ def linear_accuracy(
     candidates = sorted(set(strengths), reverse=True)
     if not candidates or candidates[-1] <= 0:
         raise ConfigError(f"strengths must be one or more numbers above 0; got {strengths!r}.")
-    held_out = _held_out(train.labels, seed) if len(candidates) > 1 else np.zeros(len(train), dtype=bool)
-    order = np.argsort(held_out, kind="stable")  # the held-out ones last, so that both parts are views
-    fitted = len(order) - int(held_out.sum())
+    apart = np.zeros(len(train), dtype=bool)
+    if len(candidates) > 1:
+        apart = held_out(train.labels, HELD_OUT, seed, "linear/held_out")
+    order = np.argsort(apart, kind="stable")  # the held-out ones last, so that both parts are views
+    fitted = len(order) - int(apart.sum())
     mean, deviation = _statistics(train.values)
     x, labels = _standardised(train.values[order], mean, deviation), train.labels[order]
     narrow = len(np.unique(labels)) < MANY_CLASSES
@@ -77,22 +79,6 @@ def linear_accuracy(
         converged = _fit(model, x, labels, strength)
         accuracy = _percent(model, _standardised(test.values.copy(), mean, deviation), test.labels)
     return LinearResult(accuracy, strength, validation, converged)
-
-
-def _held_out(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
-    """15 % of every class, at least one image, none of a class with one: [M] bool."""
-    mixed = permutation(seed, "linear/held_out", len(labels))
-    chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = mixed[labels[mixed] == label]
-        if len(members) > 1:
-            chosen[members[: max(1, round(HELD_OUT * len(members)))]] = True
-    if not chosen.any():
-        raise DataError(
-            f"Each of the {len(labels)} training images has a class of its own; choosing the regularisation needs "
-            "a class with at least two."
-        )
-    return chosen
 
 
 def _search(

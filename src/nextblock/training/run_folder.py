@@ -110,7 +110,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir() and p != path] if path.parent.is_dir() else []
         what = "holds no config.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
-        raise RunError(f"{path} {what}.{nearest(path.name, siblings)}")
+        advice = nearest(path.name, siblings) or " Name the folder of a run; images are given as options."
+        raise RunError(f"{path} {what}.{advice}")
     values: dict[str, Any] = yaml.safe_load(file.read_text())
     return values
 
