@@ -117,3 +117,10 @@ def test_what_does_not_go_together(run: Path, images: Path) -> None:
         nb.knn(run=run, dataset="cifar01", quiet=True)
     with pytest.raises(ConfigError, match=r"no key 'data\.label_colum'"):
         nb.knn(run=run, dataset=images, data={"label_colum": "x"}, quiet=True)
+
+
+def test_a_bank_that_is_its_own_queries_is_told(run: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nb.knn(run=run, data={"train": str(images), "val": str(images)}, k=[1])
+    assert "every query finds itself" in capsys.readouterr().out
+    nb.knn(run=run, dataset=str(images), k=[1])
+    assert "every query finds itself" not in capsys.readouterr().out
