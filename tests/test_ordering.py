@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nextblock.errors import ConfigError
-from nextblock.ordering import Ordering
+from nextblock.ordering import Ordering, ScalePyramid
 
 ORDERINGS = [
     Ordering.patches((4, 6)),
@@ -112,3 +112,33 @@ def test_wrong_shapes_are_refused() -> None:
         Ordering.cells(4, 2).split(torch.zeros(1, 4, 5, 1))
     with pytest.raises(ConfigError, match="16 tokens"):
         Ordering.cells(4, 2).merge(torch.zeros(1, 15, 1))
+
+
+def test_a_pyramid_answers_as_an_ordering_does() -> None:
+    pyramid = ScalePyramid((4, 6))
+    assert pyramid.scales == ((1, 1), (1, 2), (2, 3), (4, 6))
+    assert pyramid.entity_sizes == (1, 2, 6, 24)
+    assert pyramid.num_tokens == 33
+    assert pyramid.entity.tolist() == [0] + [1] * 2 + [2] * 6 + [3] * 24
+    grid = torch.randn(2, 4, 6, 3)
+    sequence = pyramid.split(grid)
+    assert sequence.shape == (2, 33, 3)
+    assert torch.equal(pyramid.merge(sequence), grid)
+    assert torch.equal(sequence[:, 9:], Ordering.patches((4, 6)).split(grid))
+    assert pyramid.positions[-24:].tolist() == Ordering.patches((4, 6)).positions.tolist()
+    assert pyramid.positions[0].tolist() == [1.5, 2.5]  # the centre of the grid
+    assert ScalePyramid.from_dict(pyramid.to_dict()) == pyramid
+
+
+def test_how_a_pyramid_resizes() -> None:
+    images = torch.arange(16.0).view(1, 1, 4, 4)
+    assert ScalePyramid((4, 4)).levels(images)[1].flatten().tolist() == [0, 2, 8, 10]
+    assert ScalePyramid((4, 4), resize="area").levels(images)[1].flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert ScalePyramid((4, 4), resize="area").levels(images)[0].item() == 7.5
+    assert ScalePyramid((2, 2), resize="area").levels(images, (2, 2))[0].shape == (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("scales", [((4, 4), (2, 2)), ((2, 2),), ((2, 2), (2, 2), (4, 4)), ((4, 1), (1, 4), (4, 4))])
+def test_scales_that_do_not_grow_are_refused(scales: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ConfigError, match="must grow"):
+        ScalePyramid((4, 4), scales)

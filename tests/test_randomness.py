@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from nextblock.randomness import hashed, permutation, shuffled, uniforms
+from nextblock.randomness import hashed, normals, permutation, shuffled, uniforms
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 17, 1000, 4097])
@@ -50,3 +51,16 @@ def test_values_never_change() -> None:
 PERMUTATION = [1, 6, 4, 2, 3, 5, 7, 0]
 SHUFFLED = [7, 9, 1, 6, 0, 8, 3, 2, 4, 5]
 UNIFORMS = [0.33981742196396325, 0.40349404152640345]
+
+
+def test_a_row_of_normals_depends_on_its_own_position_alone() -> None:
+    together = normals(3, "noise", [5, 9, 2], (4, 6))
+    alone = normals(3, "noise", [9], (4, 6))
+    assert together.shape == (3, 4, 6)
+    assert torch.equal(together[1], alone[0])
+    assert not torch.equal(normals(4, "noise", [9], (4, 6)), alone)
+    assert not torch.equal(normals(3, "other", [9], (4, 6)), alone)
+    many = normals(0, "noise", range(200), (500,))
+    assert abs(float(many.mean())) < 0.02
+    assert abs(float(many.std()) - 1) < 0.02
+    assert float(torch.corrcoef(many[:40]).fill_diagonal_(0).abs().max()) < 0.25

@@ -18,6 +18,11 @@ _HOMES = {
     "XTRAConfig": "nextblock.xtra.config",
     "XTRA": "nextblock.xtra.model",
     "Encoder": "nextblock.xtra.model",
+    "ScalePyramid": "nextblock.ordering",
+    "XARConfig": "nextblock.xar.config",
+    "XAR": "nextblock.xar.model",
+    "sample_latents": "nextblock.xar.sampler",
+    "load_official_xar": "nextblock.checkpoints.official_xar",
     "load_official_xtra": "nextblock.checkpoints.official",
     "open_source": "nextblock.data.sources",
     "datasets": "nextblock.jobs.datasets",
@@ -35,6 +40,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from nextblock.checkpoints.official import load_official_xtra
+    from nextblock.checkpoints.official_xar import load_official_xar
     from nextblock.data.sources import open_source
     from nextblock.jobs.datasets import datasets
     from nextblock.jobs.demo import demo
@@ -48,15 +54,21 @@ if TYPE_CHECKING:
     from nextblock.jobs.probe import probe
     from nextblock.jobs.reconstruct import reconstruct
     from nextblock.mask import block_causal_mask, teacher_forcing_mask
-    from nextblock.ordering import Ordering
+    from nextblock.ordering import Ordering, ScalePyramid
+    from nextblock.xar.config import XARConfig
+    from nextblock.xar.model import XAR
+    from nextblock.xar.sampler import sample_latents
     from nextblock.xtra.config import XTRAConfig
     from nextblock.xtra.model import XTRA, Encoder
 
 __all__ = [
+    "XAR",
     "XTRA",
     "Encoder",
     "ImageFeatures",
     "Ordering",
+    "ScalePyramid",
+    "XARConfig",
     "XTRAConfig",
     "block_causal_mask",
     "datasets",
@@ -65,12 +77,14 @@ __all__ = [
     "embed",
     "finetune",
     "knn",
+    "load_official_xar",
     "load_official_xtra",
     "open_source",
     "predict",
     "pretrain",
     "probe",
     "reconstruct",
+    "sample_latents",
     "teacher_forcing_mask",
 ]
 

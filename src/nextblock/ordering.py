@@ -12,8 +12,14 @@ A 4×4 grid of patches, numbered in raster order::
      8  9 | 10 11        whole:             0 1 2 ... 15
     12 13 | 14 15
 
+A *pyramid* is the one ordering that is not a partition: its entities are the whole picture at growing sizes::
+
+    scales 1, 2, 4:  1 token | 2×2 tokens | 4×4 tokens
+
+`Ordering` and `ScalePyramid` answer the same questions: `split`, `merge`, `entity`, `positions`, `sequence`.
+
 Sources: XTRA (arXiv 2411.15648) uses cells, with patches as the AIM-style baseline; xAR (arXiv 2502.20388,
-section 3) adds subsamples and the whole image.
+section 3) adds subsamples, scales and the whole image.
 """
 
 from __future__ import annotations
@@ -22,9 +28,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -138,6 +146,11 @@ class Ordering:
         return self.grid[0] * self.grid[1]
 
     @property
+    def num_tokens(self) -> int:
+        """Length of the sequence: the patches of the grid."""
+        return self.num_patches
+
+    @property
     def num_entities(self) -> int:
         return self.num_patches // self.entity_size
 
@@ -216,6 +229,126 @@ class Ordering:
     def _check_grid(self, x: Tensor) -> None:
         if tuple(x.shape[1:3]) != self.grid:
             raise ConfigError(f"expected [B, {self.grid[0]}, {self.grid[1]}, ...]; got shape {tuple(x.shape)}.")
+
+
+RESIZES = ("nearest", "area", "bilinear")
+
+
+@dataclass(frozen=True)
+class ScalePyramid:
+    """The picture at growing sizes, the last one being the picture itself; every size is an entity.
+
+    A sibling of `Ordering`, not a partition: the sequence is longer than the grid, entities differ in size, and the
+    noise of one scale is not that of another. Source: xAR (arXiv 2502.20388), section 3.1, "scale": sizes doubling up
+    to the grid, each resized from the picture.
+
+    Attributes:
+        grid: patches per (column, row) of the last scale.
+        scales: (height, width) in patches of each, growing, the last one equal to the grid; empty: halvings of the
+            grid (rounded up) down to 1×1.
+        resize: "nearest" (as the paper's pseudo-code), "area" (means) or "bilinear" (antialiased).
+
+    Raises ConfigError for scales that do not grow to the grid.
+    """
+
+    grid: Pair
+    scales: tuple[Pair, ...] = ()
+    resize: Literal["nearest", "area", "bilinear"] = "nearest"
+
+    def __post_init__(self) -> None:
+        grid = as_pair(self.grid, "grid")
+        scales = tuple(as_pair(scale, "scales") for scale in self.scales) or _halvings(grid)
+        grown = all(a != b and a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(scales))
+        if scales[-1] != grid or not grown:
+            raise ConfigError(
+                f"scales must grow and end with the grid of {grid[0]}×{grid[1]} patches; got {list(scales)}. "
+                f"Halvings would be {list(_halvings(grid))}."
+            )
+        if self.resize not in RESIZES:
+            raise ConfigError(f"resize must be one of {', '.join(RESIZES)}; got {self.resize!r}.")
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "scales", scales)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence: the patches of all scales."""
+        return sum(self.entity_sizes)
+
+    @property
+    def num_entities(self) -> int:
+        return len(self.scales)
+
+    @property
+    def entity_sizes(self) -> tuple[int, ...]:
+        """Tokens of each scale, in order."""
+        return tuple(h * w for h, w in self.scales)
+
+    def levels(self, images: Tensor, patch: Pair = (1, 1)) -> list[Tensor]:
+        """The images [B, C, h·p1, w·p2] at every scale, coarsest first: [B, C, h_i·p1, w_i·p2]."""
+        sizes = [(h * patch[0], w * patch[1]) for h, w in self.scales]
+        return [images if size == tuple(images.shape[2:]) else self._resized(images, size) for size in sizes]
+
+    def _resized(self, images: Tensor, size: Pair) -> Tensor:
+        if self.resize == "bilinear":
+            return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(images, size, mode=self.resize)
+
+    def split(self, x: Tensor) -> Tensor:
+        """From the grid to the sequence: [B, h, w, ...] -> [B, N, ...], scale after scale, each in raster order.
+
+        Every trailing number is resized by itself; pictures of patches are resized as pictures by `levels`.
+        """
+        if tuple(x.shape[1:3]) != self.grid:
+            raise ConfigError(f"expected [B, {self.grid[0]}, {self.grid[1]}, ...]; got shape {tuple(x.shape)}.")
+        trailing = x.shape[3:]
+        levels = self.levels(x.reshape(*x.shape[:3], -1).movedim(3, 1))
+        rows = torch.cat([rearrange(level, "b c h w -> b (h w) c") for level in levels], 1)
+        return rows.reshape(*rows.shape[:2], *trailing)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """From the sequence back to the grid, which the last scale alone is: [B, N, ...] -> [B, h, w, ...]."""
+        if x.shape[1] != self.num_tokens:
+            raise ConfigError(f"expected {self.num_tokens} tokens for {self}; got shape {tuple(x.shape)}.")
+        return rearrange(x[:, -self.entity_sizes[-1] :], "b (h w) ... -> b h w ...", h=self.grid[0])
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """The number of each place in its own order, 0..N-1: [N] int64, on the CPU."""
+        return torch.arange(self.num_tokens)
+
+    @cached_property
+    def entity(self) -> Tensor:
+        """The scale of each place of the sequence, never decreasing: [N] int64, on the CPU."""
+        return torch.arange(self.num_entities).repeat_interleave(torch.tensor(self.entity_sizes))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The (row, column) of each patch's centre in the coordinates of the finest grid: [N, 2] float, on the CPU."""
+        return torch.cat([_centres(scale, self.grid) for scale in self.scales])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values from which `from_dict` makes an equal pyramid."""
+        return {"grid": list(self.grid), "scales": [list(scale) for scale in self.scales], "resize": self.resize}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ScalePyramid:
+        scales = tuple(as_pair(scale, "scales") for scale in values["scales"])
+        return cls(as_pair(values["grid"], "grid"), scales, values["resize"])
+
+
+AnyOrdering = Ordering | ScalePyramid
+
+
+def _halvings(grid: Pair) -> tuple[Pair, ...]:
+    found = [grid]
+    while found[0] != (1, 1):
+        found.insert(0, (-(-found[0][0] // 2), -(-found[0][1] // 2)))
+    return tuple(found)
+
+
+def _centres(scale: Pair, grid: Pair) -> Tensor:
+    rows, columns = ((torch.arange(s) + 0.5) * (n / s) - 0.5 for s, n in zip(scale, grid, strict=True))
+    return torch.cartesian_prod(rows, columns).view(-1, 2)
 
 
 @lru_cache(maxsize=256)

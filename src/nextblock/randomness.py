@@ -8,9 +8,12 @@ number of workers or processes. The mixing function is the finaliser of SplitMix
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -41,6 +44,19 @@ def uniforms(seed: int, purpose: str, positions: ArrayLike, count: int) -> NDArr
     with np.errstate(over="ignore"):
         base = hashed(seed, purpose, positions)[..., None] + np.arange(count, dtype=np.uint64) * _GAMMA
     return (_mix(_mix(base)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normals(seed: int, purpose: str, positions: ArrayLike, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers for each of the positions `[B]`: float32 [B, *shape], on the CPU.
+
+    Every row comes from a generator of its own, so it is the same to the bit whatever the other rows are.
+    """
+    seeds = hashed(seed, purpose, positions).reshape(-1) >> np.uint64(1)
+    rows = torch.empty(len(seeds), *shape)
+    generator = torch.Generator()
+    for row, own in zip(rows, seeds.tolist(), strict=True):
+        row.normal_(generator=generator.manual_seed(own))
+    return rows
 
 
 def permutation(seed: int, purpose: str, n: int) -> NDArray[np.int64]:

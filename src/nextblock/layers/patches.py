@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from nextblock.ordering import Ordering, Pair
+from nextblock.ordering import AnyOrdering, Ordering, Pair, ScalePyramid
 
 
-def patchify(images: Tensor, patch: Pair, ordering: Ordering) -> Tensor:
+def patchify(images: Tensor, patch: Pair, ordering: AnyOrdering) -> Tensor:
     """[B, C, h*p1, w*p2] -> [B, N, C*p1*p2], entity-major; inside a patch (channel, row, column)."""
+    if isinstance(ordering, ScalePyramid):
+        return torch.cat([patchify(level, patch, _raster(level, patch)) for level in ordering.levels(images, patch)], 1)
     grid = rearrange(images, "b c (h p1) (w p2) -> b h w c p1 p2", p1=patch[0], p2=patch[1])
     return rearrange(ordering.split(grid), "b n c p1 p2 -> b n (c p1 p2)")
 
 
-def unpatchify(patches: Tensor, patch: Pair, ordering: Ordering) -> Tensor:
-    """The inverse of `patchify`: [B, N, C*p1*p2] -> [B, C, h*p1, w*p2]."""
+def _raster(images: Tensor, patch: Pair) -> Ordering:
+    return Ordering.patches((images.shape[2] // patch[0], images.shape[3] // patch[1]))
+
+
+def unpatchify(patches: Tensor, patch: Pair, ordering: AnyOrdering) -> Tensor:
+    """The inverse of `patchify` (of a pyramid, its last scale): [B, N, C*p1*p2] -> [B, C, h*p1, w*p2]."""
     pixels = rearrange(patches, "b n (c p1 p2) -> b n c p1 p2", p1=patch[0], p2=patch[1])
     return rearrange(ordering.merge(pixels), "b h w c p1 p2 -> b c (h p1) (w p2)")
 

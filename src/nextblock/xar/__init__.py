@@ -1,0 +1,1 @@
+"""xAR: generate images by denoising the next entity."""

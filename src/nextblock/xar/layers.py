@@ -1,0 +1,110 @@
+"""The parts of an xAR model: a layer steered by class and time, and the embedding of times."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextblock.layers.attention import KVCache, SelfAttention
+
+NORM_EPS = 1e-6
+TIME_STEPS = 1000  # the official embedding of a time: whole thousandths
+SINUSOID = 256
+
+
+class GatedMLP(nn.Module):
+    """GELU(gate(x)) · value(x), then back to width: [..., width] -> [..., width]."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden)
+        self.value = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.out(self.dropout(F.gelu(self.gate(x)) * self.value(x))))
+
+
+class TimeEmbedding(nn.Module):
+    """Times to vectors: [...] in 0..1 -> [..., width].
+
+    A time is rounded to float32, multiplied by 1000 and truncated to a whole number, as in the official code: 0.68 and
+    0.6804 are the same time.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(SINUSOID, width)
+        self.fc2 = nn.Linear(width, width)
+        self.frequencies: Tensor
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(SINUSOID // 2) / (SINUSOID // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, times: Tensor) -> Tensor:
+        whole = (times.float() * TIME_STEPS).long()
+        angles = whole[..., None].float() * self.frequencies.float()
+        waves = torch.cat((angles.cos(), angles.sin()), -1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(waves)))
+
+
+class Steering:
+    """Six vectors for every entity, given to each of its tokens: how class and time steer a layer.
+
+    Entities of one size need no copies: the sequence is seen as [B, E, K, D] and the vectors are broadcast.
+    """
+
+    def __init__(self, entity: Tensor, sizes: tuple[int, ...]) -> None:
+        self.entity, self.entities, self.equal = entity, len(sizes), len(set(sizes)) == 1
+
+    def spread(self, vectors: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, E, D] and tokens [B, N, D] in shapes that broadcast against each other."""
+        if self.equal:
+            return vectors[:, :, None], torch.unflatten(x, 1, (self.entities, -1))
+        return vectors[:, self.entity], x
+
+    def shifted(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x · (1 + scale) + shift."""
+        wide_scale, seen = self.spread(scale, x)
+        wide_shift, _ = self.spread(shift, x)
+        return torch.addcmul(wide_shift, seen, 1 + wide_scale).view(x.shape)
+
+    def gated(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        """x + gate · branch."""
+        wide_gate, seen = self.spread(gate, branch)
+        base = torch.unflatten(x, 1, (self.entities, -1)) if self.equal else x
+        return torch.addcmul(base, wide_gate, seen).view(x.shape)
+
+
+class XARLayer(nn.Module):
+    """A transformer layer whose scales, shifts and gates come from the entity's class and time: [B, N, D] -> same.
+
+    Norms are RMSNorm without weights; the modulation is not zero at the start (as in the official code).
+    Source: adaptive layer norm, DiT (arXiv 2212.09748), section 3.2.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = SelfAttention(width, num_heads, attention_dropout)
+        self.attn_dropout = nn.Dropout(dropout)
+        self.mlp = GatedMLP(width, hidden, dropout)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        steering: Steering,
+        mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        cache: tuple[KVCache, int] | None,
+    ) -> Tensor:
+        """`condition` [B, E, D]: SiLU of class and time of every entity."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(condition).chunk(6, -1)
+        attended = self.attn(steering.shifted(self.norm(x), scale1, shift1), mask, rotation, cache)
+        x = steering.gated(x, self.attn_dropout(attended), gate1)
+        return steering.gated(x, self.mlp(steering.shifted(self.norm(x), scale2, shift2)), gate2)
