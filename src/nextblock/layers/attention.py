@@ -74,11 +74,12 @@ class SelfAttention(nn.Module):
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:
-        """`rotation`: cosines and sines [N, D/H] by which queries and keys are turned; `cache`: with this layer's
-        number in it, earlier tokens to attend to as well."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        """`rotation`: see `rope.rotation`, of these tokens; `cache`: with this layer's number, earlier tokens to attend
+        to as well."""
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = qkv
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotate(qkv[:2], *rotation)
         if cache is not None:
             k, v = cache[0].extend(cache[1], k, v)
         x = attention(q, k, v, mask, self.dropout if self.training else 0.0)

@@ -6,7 +6,7 @@ Source: Su et al., "RoFormer", arXiv 2104.09864; the axial form on a grid as in 
 from __future__ import annotations
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
 THETA = 1e4
@@ -24,8 +24,13 @@ def axial_angles(positions: Tensor, head_dim: int, theta: float = THETA) -> Tens
     return repeat(angles, "n side f -> n (side f two)", two=2).float()
 
 
+def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes, from angles [N, D]: cosines, and sines whose sign alternates within a pair; each [N, D]."""
+    sign = torch.tensor([-1.0, 1.0]).repeat(angles.shape[-1] // 2)
+    return angles.cos(), angles.sin() * sign
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys [B, H, N, D] by angles whose cosines and sines are [N, D]."""
-    a, b = rearrange(x, "... (f two) -> two ... f", two=2)
-    turned = rearrange(torch.stack((-b, a)), "two ... f -> ... (f two)", two=2)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    """Turn queries or keys [..., N, D]: (a, b) -> (a cos - b sin, b cos + a sin) for every pair of numbers."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # type: ignore[no-untyped-call]
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))

@@ -16,7 +16,7 @@ from nextblock.errors import ConfigError
 from nextblock.flow import noisy, velocity
 from nextblock.layers.attention import KVCache
 from nextblock.layers.patches import patchify
-from nextblock.layers.rope import axial_angles
+from nextblock.layers.rope import axial_angles, rotation
 from nextblock.mask import block_causal_mask, teacher_forcing_mask
 from nextblock.ordering import Ordering
 from nextblock.xar.config import XARConfig
@@ -81,13 +81,13 @@ class XAR(nn.Module):
     def _make_buffers(self) -> None:
         """What follows from the ordering; never saved."""
         ordering, entity = self.ordering, self.ordering.entity
-        angles = axial_angles(ordering.positions, self.config.width // self.config.num_heads)
+        cos, sin = rotation(axial_angles(ordering.positions, self.config.width // self.config.num_heads))
         doubled = self.config.context == "clean"
         made = {
             "sequence": ordering.sequence,
             "entity": entity,
-            "cos": angles.cos(),
-            "sin": angles.sin(),
+            "cos": cos,
+            "sin": sin,
             "mask": teacher_forcing_mask(entity) if doubled else block_causal_mask(entity),
         }
         for name, value in made.items():
