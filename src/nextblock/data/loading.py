@@ -7,7 +7,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +16,19 @@ from torch.utils.data import DataLoader, Dataset
 from nextblock.data.augment import resize_and_crop
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import Source
-from nextblock.data.stream import BadSample, Batch, TrainingStream, load_sample
+from nextblock.data.stream import BadSample, Batch, load_sample
 from nextblock.errors import DataError, NextblockError, SampleError
 
 TIMEOUT_S = 120
+
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
+
+
+class Stream(Protocol[B_co]):
+    """What is seen at a position: `stream.TrainingStream` of images, `latents.LatentStream` of cached latents."""
+
+    def load(self, positions: Sequence[int]) -> B_co: ...
 
 
 def default_workers(processes: int = 1) -> int:
@@ -34,14 +43,14 @@ def default_workers(processes: int = 1) -> int:
 
 
 def training_batches(
-    stream: TrainingStream,
+    stream: Stream[B],
     plan: Iterable[Sequence[int]],
     *,
     workers: int,
     pin_memory: bool = False,
     prefetch: int = 4,
     timeout_s: float = TIMEOUT_S,
-) -> Iterator[Batch]:
+) -> Iterator[B]:
     """One batch for each element of `plan`, a list of global positions; in order.
 
     The workers start now, not at the first batch. `plan` may be endless: it is read at most
@@ -103,10 +112,10 @@ class _EvaluationView:
 class _Loader(Dataset[Any]):
     """Gives torch's DataLoader a map from a list of positions to a batch."""
 
-    def __init__(self, load: Callable[[Sequence[int]], Batch]) -> None:
+    def __init__(self, load: Callable[[Sequence[int]], Any]) -> None:
         self._load = load
 
-    def __getitem__(self, positions: Sequence[int]) -> Batch | NextblockError:
+    def __getitem__(self, positions: Sequence[int]) -> Any:
         try:
             return self._load(positions)
         except NextblockError as error:
@@ -115,13 +124,13 @@ class _Loader(Dataset[Any]):
 
 
 def _batches(
-    load: Callable[[Sequence[int]], Batch],
+    load: Callable[[Sequence[int]], B],
     plan: Iterable[Sequence[int]],
     workers: int,
     pin_memory: bool,
     prefetch: int,
     timeout_s: float,
-) -> Iterator[Batch]:
+) -> Iterator[B]:
     loader = DataLoader(
         _Loader(load),
         sampler=plan,
@@ -138,7 +147,7 @@ def _batches(
     return _unwrapped(iter(loader), timeout_s)
 
 
-def _unwrapped(batches: Iterator[Any], timeout_s: float) -> Iterator[Batch]:
+def _unwrapped(batches: Iterator[Any], timeout_s: float) -> Iterator[Any]:
     try:
         for batch in batches:
             if isinstance(batch, NextblockError):

@@ -1,0 +1,190 @@
+"""A folder of posterior moments, to train a generator on: `latents.json` and a few large shards.
+
+What was read is checked: sizes of all shards when the cache is opened, the CRC-32 of each image's moments whenever
+they are read (microseconds), and the SHA-256 of whole shards when asked (`LatentCache.verify`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nextblock.data.latents.shards import Shard, ShardRecord
+from nextblock.data.preprocess import Preprocessing
+from nextblock.errors import DataError, nearest
+
+FORMAT = 1
+ABOUT = "latents.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What latents.json says.
+
+    Attributes:
+        vae: its identity.
+        crop: how images became squares; "adm_center".
+        preprocessing: of the images; `size_px`, `channels`, `exif_orientation`, `mean`, `std`.
+        data: fingerprint of the images: description, count, bytes, sha256 (names and sizes), order_sha256 (names in
+            order, labels, class names).
+        classes: names by number; None where nobody named them.
+        shape: of the moments of one image, (2C, h, w).
+        dtype: they are stored in, "float16" or "float32".
+        shard_images: images of the source that each shard covers; the last one fewer.
+        asked: where images and VAE are, and what else `--resume` needs.
+        made_with: versions of the packages that shape the numbers.
+        finished: all shards are there.
+        shards: by number; while it is being made some may be lacking.
+    """
+
+    vae: dict[str, Any]
+    crop: str
+    preprocessing: dict[str, Any]
+    data: dict[str, Any]
+    classes: list[str] | None
+    shape: tuple[int, int, int]
+    dtype: str
+    shard_images: int
+    asked: dict[str, Any] = field(default_factory=dict)
+    made_with: dict[str, str] = field(default_factory=dict)
+    finished: bool = False
+    shards: dict[int, ShardRecord] = field(default_factory=dict)
+
+    @property
+    def shard_count(self) -> int:
+        return -(-int(self.data["count"]) // self.shard_images)
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Of both flips."""
+        return 2 * math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def write(self, folder: Path) -> None:
+        """Write latents.json whole or not at all."""
+        values = {"format": FORMAT, "preprocessing_sha256": digest({"crop": self.crop, **self.preprocessing})}
+        values |= dataclasses.asdict(self)
+        write_whole(folder / ABOUT, (json.dumps(values, indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> About:
+        """Raises DataError when there is none that can be understood."""
+        path = folder / ABOUT
+        try:
+            values = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise DataError(
+                    f"{folder} is a latent cache of format {values['format']}; this version reads {FORMAT}. "
+                    "Make it anew with nextblock cache-latents."
+                )
+            shards = {int(number): ShardRecord.from_dict(record) for number, record in values["shards"].items()}
+            known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+            return cls(**known | {"shape": tuple(values["shape"]), "shards": shards})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file beside, flush it to disk, rename it; then flush the folder."""
+    beside = path.with_name(f".{path.name}.partial")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def is_latent_cache(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder `path` is one, finished or not."""
+    return (Path(path) / ABOUT).is_file()
+
+
+def open_latents(folder: str | os.PathLike[str]) -> LatentCache:
+    """Open a finished latent cache. Raises DataError, saying what to do, for anything else or a damaged one."""
+    folder = Path(folder).expanduser()
+    if not is_latent_cache(folder):
+        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = "" if folder.is_dir() else nearest(folder.name, siblings)
+        raise DataError(f"{folder} is no latent cache: it has no {ABOUT}.{hint} nextblock cache-latents makes one.")
+    about = About.read(folder)
+    if not about.finished:
+        raise DataError(
+            f"the latent cache {folder} is not finished: {len(about.shards)} of {about.shard_count} shards are there. "
+            f"Go on with: nextblock cache-latents --resume {folder}"
+        )
+    return LatentCache(folder, about)
+
+
+class LatentCache:
+    """Moments of N images, each as it is and mirrored. Picklable; nothing is kept in memory but labels."""
+
+    def __init__(self, folder: Path, about: About) -> None:
+        self.folder, self.about = folder, about
+        self.vae, self.classes, self.shape = about.vae, about.classes, about.shape
+        self.preprocessing = Preprocessing.from_dict(about.preprocessing)
+        self.image_size_px = self.preprocessing.size_px[0]
+        self._shards = [Shard(folder, about.shards[number]) for number in sorted(about.shards)]
+        for shard in self._shards:
+            shard.require_size()
+        self._ends = np.cumsum([shard.record.images for shard in self._shards])
+        self.labels: NDArray[np.int64] = np.concatenate([np.array(shard.array("labels")) for shard in self._shards])
+        made_of = [about.vae["sha256"], about.preprocessing, about.classes]
+        self.fingerprint = digest([*made_of, *(shard.record.sha256 for shard in self._shards)])
+        named = f"{len(about.classes)} classes" if about.classes else "no class names"
+        self.description = (
+            f"{folder}: latents of {len(self):,} images at {self.image_size_px} px, "
+            f"{about.shape[0] // 2} x {about.shape[1]} x {about.shape[2]}, {named}"
+        )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def moments(self, indices: ArrayLike, flips: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Mean and log-variance float32 [B, 2C, h, w] of the images `indices` [B], mirrored where `flips` [B].
+
+        Raises DataError when what is read is not what was written, naming the shard.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        out = np.empty((len(rows), *self.shape), dtype=np.float32)
+        for place, (index, flip) in enumerate(zip(rows.tolist(), flips, strict=True)):
+            shard, row = self._at(index)
+            out[place] = shard.read(row, bool(flip))
+        return out
+
+    def name(self, index: int) -> str:
+        """The image's name in the source that the cache was made of."""
+        shard, row = self._at(index)
+        return shard.name(row)
+
+    def verify(self, watch: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Read all shards and compare their SHA-256; `watch(done, total)` after each. Raises DataError for one that
+        is damaged."""
+        for done, shard in enumerate(self._shards, 1):
+            shard.require_whole()
+            watch(done, len(self._shards))
+
+    def _at(self, index: int) -> tuple[Shard, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        return shard, index - int(self._ends[number]) + shard.record.images

@@ -1,0 +1,151 @@
+"""Filling a latent cache, shard by shard. A shard covers a fixed range of the source's images, whoever makes it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nextblock.data.latents.cache import About, write_whole
+from nextblock.data.latents.crop import CroppedImages
+from nextblock.data.latents.shards import ShardRecord, write_shard
+from nextblock.data.loading import training_batches
+from nextblock.data.preprocess import Preprocessing, normalize
+from nextblock.data.sources import Source
+from nextblock.data.stream import BadSample, Batch
+from nextblock.errors import DataError
+from nextblock.vae import Autoencoder
+
+BAD_SAMPLES = "bad_samples.csv"
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes shards.
+
+    folder: of the cache; its latents.json is there. source: the images. vae: on its device. batch_size: images of a
+    forward pass, of which a shard has whole ones and a rest; it changes the moments by rounding only. workers: loading
+    processes. max_bad: so many images may be broken; they are left out. timeout_s: longest wait for a batch. on_images:
+    called with the number of images just done, for a progress bar. on_shard: called when a shard is recorded.
+    """
+
+    folder: Path
+    source: Source
+    vae: Autoencoder
+    batch_size: int
+    workers: int
+    max_bad: int
+    timeout_s: float = 600.0
+    on_images: Callable[[int], None] = lambda count: None
+    on_shard: Callable[[About], None] = lambda about: None
+
+    def make(self, about: About) -> About:
+        """Make the shards that `about` lacks, and record each in latents.json as soon as it is whole.
+
+        Returns the finished `about`. Raises DataError when too many images are broken, moments are not finite, or the
+        disk refuses.
+        """
+        todo = [number for number in range(about.shard_count) if number not in about.shards]
+        plan = (part for number in todo for part in _parts(about, number, self.batch_size))
+        view: Any = CroppedImages(self.source, Preprocessing.from_dict(about.preprocessing))
+        on_gpu = next(self.vae.parameters()).is_cuda
+        loader: Any = training_batches(view, plan, workers=self.workers, pin_memory=on_gpu, timeout_s=self.timeout_s)
+        with closing(loader) as batches:
+            for number in todo:
+                record = self._shard(about, number, batches)
+                about = with_shards(about, about.shards | {number: record})
+                _write_bad_samples(self.folder, about.shards, [])
+                about.write(self.folder)
+                self.on_shard(about)
+        if not any(record.images for record in about.shards.values()):
+            raise DataError(f"none of the images can be decoded: see {self.folder / BAD_SAMPLES}.")
+        about = dataclasses.replace(about, finished=True)
+        about.write(self.folder)
+        return about
+
+    def _shard(self, about: About, number: int, batches: Iterator[Batch]) -> ShardRecord:
+        preprocessing = Preprocessing.from_dict(about.preprocessing)
+        parts = _parts(about, number, self.batch_size)
+        moments = np.empty((sum(map(len, parts)), 2, *about.shape), dtype=about.dtype)
+        labels: list[int] = []
+        names: list[str] = []
+        bad: list[BadSample] = []
+        for batch in islice(batches, len(parts)):
+            bad += batch.bad
+            self._require_few(about, bad)
+            called = [self.source.name(int(index)) for index in batch.indices]
+            if called:
+                here = moments[len(names) : len(names) + len(called)]
+                here[:] = _encoded(self.vae, batch.images, preprocessing, here.dtype, called)
+            names += called
+            labels += batch.labels.tolist()
+            self.on_images(len(batch) + len(batch.bad))
+        values = moments[: len(names)], np.array(labels, dtype=np.int64), names
+        try:
+            return write_shard(self.folder, number, *values, bad)
+        except OSError as error:
+            raise DataError(
+                f"cannot write to {self.folder}: {error.strerror or error}. When there is room again, go on with: "
+                f"nextblock cache-latents --resume {self.folder}"
+            ) from error
+
+    def _require_few(self, about: About, bad: Sequence[BadSample]) -> None:
+        count = len(bad) + sum(len(record.bad) for record in about.shards.values())
+        if count > self.max_bad:
+            _write_bad_samples(self.folder, about.shards, bad)
+            raise DataError(
+                f"{count} images cannot be decoded, more than the {self.max_bad} allowed. They are listed in "
+                f"{self.folder / BAD_SAMPLES}. Mend or remove them, or raise max_bad_fraction."
+            )
+
+
+def with_shards(about: About, shards: dict[int, ShardRecord]) -> About:
+    """`about` with these shards, in order."""
+    return dataclasses.replace(about, finished=False, shards=dict(sorted(shards.items())))
+
+
+def _parts(about: About, number: int, batch_size: int) -> list[range]:
+    """The source's images of a shard, one range for each forward pass."""
+    start = number * about.shard_images
+    stop = min(start + about.shard_images, int(about.data["count"]))
+    return [range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
+
+
+@torch.inference_mode()
+def _encoded(
+    vae: Autoencoder, images: Tensor, preprocessing: Preprocessing, dtype: np.dtype[Any], names: Sequence[str]
+) -> NDArray[Any]:
+    """Moments [B, 2, 2C, h, w] of uint8 images [B, H, W, 3], as they are and mirrored."""
+    device = next(vae.parameters()).device
+    x = normalize(images.to(device, non_blocking=True), None, preprocessing)  # [B, 3, H, W]
+    both = torch.stack([vae.moments(x), vae.moments(x.flip(3))], dim=1)
+    with np.errstate(over="ignore"):
+        found = both.float().cpu().numpy().astype(dtype)
+    if not np.isfinite(found).all():
+        first = names[int(np.argmin(np.isfinite(found).all(axis=(1, 2, 3, 4))))]
+        advice = " Does --dtype float32 help?" if dtype == np.float16 else ""
+        raise DataError(
+            f"the VAE gives moments of {first} that are not finite in {dtype}. Are these its weights?{advice}"
+        )
+    return found
+
+
+def _write_bad_samples(folder: Path, shards: dict[int, ShardRecord], more: Sequence[BadSample]) -> None:
+    """List what is left out; there is no file where nothing is."""
+    found = [sample for record in shards.values() for sample in record.bad]
+    if not found and not more:
+        return
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("name", "reason", "position"), *found, *more])
+    write_whole(folder / BAD_SAMPLES, text.getvalue().encode(errors="surrogateescape"))

@@ -1,0 +1,178 @@
+"""Latents of images, to a folder that generators are trained on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nextblock.checkpoints.vae_files import open_vae
+from nextblock.data.latents.cache import About
+from nextblock.data.latents.making import Maker
+from nextblock.data.loading import default_workers
+from nextblock.data.sources import Source
+from nextblock.errors import ConfigError, RunError
+from nextblock.jobs.latents_record import Asked, begin, go_on, open_images, read_asked
+from nextblock.jobs.opening import require_positive
+from nextblock.training.launch import pick_device
+from nextblock.training.run_folder import max_bad_images
+from nextblock.vae import Autoencoder
+
+
+def cache_latents(
+    *,
+    dataset: Any = None,
+    vae: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    image_size_px: int | None = None,
+    split: str | None = None,
+    data_root: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    exif_orientation: bool | None = None,
+    dtype: Literal["float16", "float32"] | None = None,
+    shard_mb: int | None = None,
+    max_bad_fraction: float | None = None,
+    batch_size: int = 32,
+    workers: int = -1,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Path:
+    """Encode images with a VAE, once for all training: posterior moments of every image and its mirror image.
+
+    Images are cropped as ADM does: halved while the shorter side is at least twice the size, resized (bicubic), the
+    centre kept. Broken ones are left out and listed in bad_samples.csv. A cache that was stopped, at whatever moment,
+    goes on after its last whole shard when the same command is given again, or with --resume; the result is the same
+    to the byte on the same kind of machine. Shards found damaged are made anew.
+
+    Args:
+        dataset: the images: a folder, Parquet file(s), hf:NAME, or the name of a benchmark data set; in Python any
+            source of images. Class names and labels are kept where there are any.
+        vae: the official KL-16 file, or a folder or hub name (owner/name) of a diffusers AutoencoderKL.
+        out: a new folder for the cache, or the same one to go on.
+        resume: a cache that was begun; all else is as it was then. Images and VAE may be given again where they moved.
+        image_size_px: side of the square images, a multiple of the VAE's factor; 256 when left out.
+        split: which split, where there are several; "train" when left out.
+        data_root: folder of the benchmark data sets; $NEXTBLOCK_DATA or ./datasets when left out.
+        image_column: of tables; "image" when left out.
+        label_column: of tables; "label", if there is one, when left out.
+        exif_orientation: turn images as their EXIF orientation says; yes when left out.
+        dtype: of the stored moments, "float16" (the default; half the disk, a relative error of at most 0.0005) or
+            "float32".
+        shard_mb: MiB of moments in a shard, 1024 when left out; memory needed is about twice that.
+        max_bad_fraction: stop when more than max(10, this fraction) of the images are broken; 0.001 when left out.
+        batch_size: images per forward pass; changes the moments by rounding only.
+        workers: loading processes; -1 = chosen from the cores.
+        device: "auto", "cpu" or "cuda".
+        quiet: print nothing.
+
+    Returns the folder; `open_latents` reads it. Raises ConfigError, DataError, RunError or CheckpointError.
+    """
+    require_positive(batch_size=batch_size)
+    given: dict[str, Any] = {
+        "vae": vae, "image_size_px": image_size_px, "split": split, "data_root": data_root,
+        "image_column": image_column, "label_column": label_column, "exif_orientation": exif_orientation,
+        "dtype": dtype, "shard_mb": shard_mb, "max_bad_fraction": max_bad_fraction,
+    }  # fmt: skip
+    console = Console(quiet=quiet)
+    folder, begun, asked = read_asked(dataset, {k: v for k, v in given.items() if v is not None}, out, resume)
+    model = _open_vae(asked).to(pick_device(device))
+    source = open_images(asked, dataset)
+    about = go_on(folder, begun, asked, source, model, console) if begun else begin(folder, asked, source, model)
+    loaders = default_workers() if workers < 0 else workers
+    if not about.finished:
+        about = _make(folder, about, asked, source, model, batch_size, loaders, console)
+    bad = [sample for record in about.shards.values() for sample in record.bad]
+    count = sum(record.images for record in about.shards.values())
+    left_out = f", {len(bad)} broken ones left out (bad_samples.csv)" if bad else ""
+    console.print(f"{count:,} images cached{left_out}: {folder}", highlight=False, markup=False, soft_wrap=True)
+    return folder
+
+
+def _open_vae(asked: Asked) -> Autoencoder:
+    assert asked.vae is not None
+    model = open_vae(asked.vae)
+    if not isinstance(model, Autoencoder):
+        raise ConfigError("pixel space needs no latents: train the generator on the images themselves.")
+    size, factor = asked.image_size_px, model.factor
+    if size % factor:
+        below, above = size // factor * factor, -(-size // factor) * factor
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(f"image_size_px must be a multiple of {factor} for this VAE; got {size}. Take {near}.")
+    return model
+
+
+def _make(
+    folder: Path,
+    about: About,
+    asked: Asked,
+    source: Source,
+    model: Autoencoder,
+    batch_size: int,
+    workers: int,
+    console: Console,
+) -> About:
+    done = sum(record.images + len(record.bad) for record in about.shards.values())
+    _require_room(folder, about, len(source) - done, console)
+    try:
+        with _bar(len(source), done, console) as bar:
+            maker = Maker(
+                folder, source, model, batch_size, workers, max_bad_images(len(source), asked.max_bad_fraction),
+                on_images=bar.images, on_shard=bar.shard,
+            )  # fmt: skip
+            return maker.make(about)
+    except KeyboardInterrupt:
+        advice = f"stopped. To go on after the last whole shard: nextblock cache-latents --resume {folder}"
+        console.print(advice, highlight=False, markup=False, soft_wrap=True)
+        raise
+
+
+def _require_room(folder: Path, about: About, images: int, console: Console) -> None:
+    """Say what will be written. Raises RunError when it is more than the disk has."""
+    need, free = images * about.bytes_per_image, shutil.disk_usage(folder).free
+    shape, shards = " x ".join(map(str, about.shape)), about.shard_count - len(about.shards)
+    size = f"{need / 2**30:,.1f} GiB" if need >= 2**30 else f"{need / 2**20:,.1f} MiB"
+    console.print(
+        f"{about.data['description']}. {images:,} to encode: moments {shape}, also mirrored, in {about.dtype}, {size} "
+        f"in {shards} shard{'s' if shards > 1 else ''} of {folder}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if need > free:
+        raise RunError(
+            f"the latents need {need / 2**30:,.1f} GiB, but the disk of {folder} has {free / 2**30:,.1f} GiB left. "
+            "Make room, or take another --out."
+        )
+
+
+class _Bar:
+    """A bar in a terminal, a line for each shard elsewhere."""
+
+    def __init__(self, progress: Progress | None, task: Any, console: Console) -> None:
+        self.progress, self.task, self.console = progress, task, console
+
+    def images(self, count: int) -> None:
+        if self.progress:
+            self.progress.advance(self.task, count)
+
+    def shard(self, about: About) -> None:
+        if not self.progress:
+            self.console.print(f"{len(about.shards)} of {about.shard_count} shards", highlight=False)
+
+
+@contextmanager
+def _bar(total: int, done: int, console: Console) -> Iterator[_Bar]:
+    if not console.is_terminal:
+        yield _Bar(None, None, console)
+        return
+    columns = (
+        TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        yield _Bar(progress, progress.add_task("encoding", total=total, completed=done), console)

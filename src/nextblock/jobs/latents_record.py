@@ -1,0 +1,240 @@
+"""What a latent cache writes down when it is begun, and what must be the same when it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from nextblock.data.labelled import open_labelled
+from nextblock.data.latents.cache import ABOUT, About, is_latent_cache
+from nextblock.data.latents.making import with_shards
+from nextblock.data.latents.shards import Shard
+from nextblock.data.named import NAMED, is_named
+from nextblock.data.preprocess import Preprocessing
+from nextblock.data.sources import Source, explain_change, open_source, write_manifest
+from nextblock.errors import ConfigError, DataError, RunError, nearest
+from nextblock.jobs.record import described, where
+from nextblock.training.run_folder import claim_folder
+from nextblock.vae import Autoencoder, same_vae
+
+CROP = "adm_center"
+MANIFEST = "data_manifest.txt.gz"
+_FREE = ("dataset", "vae", "data_root", "max_bad_fraction")  # may change when a cache goes on
+_PACKAGES = ("nextblock", "torch", "diffusers", "pillow", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the person asked for; the arguments of `cache_latents`. dataset: None for a Python object."""
+
+    dataset: str | None = None
+    vae: str | None = None
+    data_root: str | None = None
+    image_size_px: int = 256
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = None
+    exif_orientation: bool = True
+    dtype: str = "float16"
+    shard_mb: int = 1024
+    max_bad_fraction: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name in ("image_size_px", "shard_mb"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)!r}.")
+        if self.dtype not in ("float16", "float32"):
+            raise ConfigError(f"dtype must be 'float16' or 'float32'; got {self.dtype!r}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction must lie between 0 and 1; got {self.max_bad_fraction!r}.")
+
+
+def read_asked(
+    dataset: Any, given: Mapping[str, Any], out: str | Path | None, resume: str | Path | None
+) -> tuple[Path, About | None, Asked]:
+    """The cache's folder, what is there already (None: nothing), and what is asked, completed from there.
+
+    Raises ConfigError for what is lacking, or contradicts what the cache was begun with.
+    """
+    if (out is None) == (resume is None):
+        raise ConfigError("cache-latents needs --out, a new folder for the cache, or --resume, one that was begun.")
+    folder = Path(out if resume is None else resume).expanduser()  # type: ignore[arg-type]
+    begun = About.read(folder) if is_latent_cache(folder) else None
+    if resume is not None and begun is None:
+        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise RunError(f"{folder} is no latent cache: it has no {ABOUT}.{nearest(folder.name, siblings)}")
+    values = dict(given) | {k: v for k, v in where(dataset, None, given.get("data_root")).items() if k != "test"}
+    if "vae" in given:
+        values["vae"] = _place(given["vae"])
+    stored = Asked(**begun.asked) if begun else None
+    if stored and resume is not None:
+        values = dataclasses.asdict(stored) | {name: value for name, value in values.items() if value is not None}
+    asked = Asked(**values)
+    if stored:
+        _require_same_settings(folder, stored, asked)
+    if dataset is None and asked.dataset is None:
+        again = " again: it was a Python object" if stored else ", the images"
+        raise ConfigError(f"cache-latents needs --dataset{again}.")
+    if asked.vae is None:
+        raise ConfigError("cache-latents needs --vae: the official KL-16 file, or a diffusers folder or hub name.")
+    return folder, begun, asked
+
+
+def _place(vae: str | Path) -> str:
+    """A path is made absolute, a name on the hub stays."""
+    path = Path(vae).expanduser()
+    return str(path.absolute()) if path.exists() else str(vae)
+
+
+def _require_same_settings(folder: Path, stored: Asked, asked: Asked) -> None:
+    old, new = dataclasses.asdict(stored), dataclasses.asdict(asked)
+    changed = [
+        f"{name} was {old[name]}, now {new[name]}" for name in old if name not in _FREE and old[name] != new[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"the latent cache {folder} was begun with other settings: {'; '.join(changed)}. Leave that out, or choose "
+            "another --out."
+        )
+
+
+def open_images(asked: Asked, dataset: Any) -> Source:
+    """The images as a source: a Python object where given, else what `asked` names."""
+    spec = asked.dataset if dataset is None or asked.dataset is not None else dataset
+    if isinstance(spec, str) and is_named(spec):
+        split = None if asked.split in ("train", "test") else asked.split
+        opened = open_labelled(
+            spec, root=asked.data_root, train_split=split,
+            image_column=asked.image_column, label_column=asked.label_column,
+        )  # fmt: skip
+        return opened.test if asked.split == "test" else opened.train
+    if isinstance(spec, str) and not (os.path.exists(spec) or spec.startswith("hf:") or glob.has_magic(spec)):
+        name = os.path.basename(spec)
+        if hint := nearest(name, NAMED):
+            raise DataError(f"no such file or folder: {spec}; and no data set is named '{name}'.{hint}")
+    return open_source(spec, split=asked.split, image_column=asked.image_column, label_column=asked.label_column)
+
+
+def begin(folder: Path, asked: Asked, source: Source, vae: Autoencoder) -> About:
+    """Claim the folder and write down what is made. Raises RunError when something else is in it."""
+    for left_over in (".writable", f".{ABOUT}.partial"):  # of a start that was killed
+        (folder / left_over).unlink(missing_ok=True)
+    claim_folder(folder, "Choose another --out.")
+    preprocessing = Preprocessing(
+        size_px=(asked.image_size_px,) * 2, resize_px=asked.image_size_px, channels=vae.image_channels,
+        mean=(0.5,) * vae.image_channels, std=(0.5,) * vae.image_channels, exif_orientation=asked.exif_orientation,
+    )  # fmt: skip
+    side = asked.image_size_px // vae.factor
+    about = About(
+        vae=vae.identity(),
+        crop=CROP,
+        preprocessing=preprocessing.to_dict(),
+        data=_described(source),
+        classes=None if source.classes is None else list(source.classes),
+        shape=(2 * vae.latent_channels, side, side),
+        dtype=asked.dtype,
+        shard_images=0,
+        asked=dataclasses.asdict(asked),
+        made_with=_versions(),
+    )
+    about = dataclasses.replace(about, shard_images=max(1, asked.shard_mb * 2**20 // about.bytes_per_image))
+    about.write(folder)
+    _write_manifest(folder, source)
+    return about
+
+
+def go_on(folder: Path, begun: About, asked: Asked, source: Source, vae: Autoencoder, console: Console) -> About:
+    """What is there, less the shards that are damaged. Raises RunError when images or VAE are not the same."""
+    ours = vae.identity()
+    if not same_vae(begun.vae, ours):
+        difference = _difference(begun.vae, ours)
+        raise RunError(
+            f"the latent cache {folder} was begun with another VAE: {difference}. Give that one, or choose another "
+            "--out."
+        )
+    _require_same_images(folder, begun, source)
+    whole = {
+        number: record for number, record in begun.shards.items() if _is_whole(folder, Shard(folder, record), console)
+    }
+    lost = set(begun.shards) - set(whole)
+    told = f"{len(whole)} of {begun.shard_count} shards of {folder} are whole"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    for left_over in folder.glob(".*.partial"):
+        left_over.unlink(missing_ok=True)
+    _write_manifest(folder, source)
+    about = dataclasses.replace(begun, asked=dataclasses.asdict(asked))
+    if lost:
+        about = with_shards(about, whole)
+        about.write(folder)  # what is damaged must not look finished while it is made anew
+    return about
+
+
+def _require_same_images(folder: Path, begun: About, source: Source) -> None:
+    now = _described(source)
+    if all(begun.data[name] == now[name] for name in ("sha256", "order_sha256")):
+        return
+    same_files = begun.data["sha256"] == now["sha256"]
+    manifest = folder / MANIFEST
+    if same_files:
+        change = "another order, or other labels or class names"
+    else:
+        change = explain_change(manifest, source) if manifest.is_file() else f"{now['count']} images"
+    raise RunError(
+        f"the images are not those that the latent cache {folder} was begun on: {change}. Bring them back, or choose "
+        "another --out."
+    )
+
+
+def _is_whole(folder: Path, shard: Shard, console: Console) -> bool:
+    try:
+        shard.require_whole()
+    except DataError:
+        told = f"{shard.path.name} is damaged or missing, and made anew"
+        console.print(told, highlight=False, markup=False)
+        return False
+    return True
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    names = ("sha256", "latent_channels", "factor", "scale_factor", "shift_factor")
+    short = [(name, str(there.get(name))[:12], str(here.get(name))[:12]) for name in names]
+    return ", ".join(f"{name} {a} there, {b} here" for name, a, b in short if a != b)
+
+
+def _described(source: Source) -> dict[str, Any]:
+    """The images' names and sizes, and what each shard's rows depend on besides: order, labels, class names."""
+    order = hashlib.sha256(repr(source.classes).encode(errors="surrogateescape"))
+    for index in range(len(source)):
+        order.update(os.fsencode(source.name(index)) + b"\0")
+    labels = source.labels()
+    if labels is not None:
+        order.update(np.asarray(labels).astype("<i8").tobytes())
+    return described(source) | {"order_sha256": order.hexdigest()}
+
+
+def _write_manifest(folder: Path, source: Source) -> None:
+    if (folder / MANIFEST).is_file():
+        return
+    beside = folder / f".{MANIFEST}.partial"
+    write_manifest(source, beside)
+    beside.replace(folder / MANIFEST)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
