@@ -1,6 +1,6 @@
 """nextblock: learn from images by predicting the next entity of a picture.
 
-One keyword-only function per job (`pretrain`, `probe`, `finetune`, `knn`, `predict`, `embed`, ...) and the building
+One keyword-only function per job (`pretrain`, `probe`, `embed`, `train_generator`, `sample`, ...) and the building
 blocks. Names are imported when first used, so that `import nextblock` is quick.
 """
 
@@ -23,6 +23,14 @@ _HOMES = {
     "XAR": "nextblock.xar.model",
     "sample_latents": "nextblock.xar.sampler",
     "load_official_xar": "nextblock.checkpoints.official_xar",
+    "load_official_kl16": "nextblock.checkpoints.official_kl16",
+    "open_vae": "nextblock.checkpoints.vae_files",
+    "open_latents": "nextblock.data.latents",
+    "cache_latents": "nextblock.jobs.cache_latents",
+    "train_generator": "nextblock.jobs.train_generator",
+    "open_generator": "nextblock.jobs.opening_generator",
+    "sample": "nextblock.jobs.sample",
+    "fid": "nextblock.jobs.fid",
     "load_official_xtra": "nextblock.checkpoints.official",
     "open_source": "nextblock.data.sources",
     "datasets": "nextblock.jobs.datasets",
@@ -40,19 +48,27 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from nextblock.checkpoints.official import load_official_xtra
+    from nextblock.checkpoints.official_kl16 import load_official_kl16
     from nextblock.checkpoints.official_xar import load_official_xar
+    from nextblock.checkpoints.vae_files import open_vae
+    from nextblock.data.latents import open_latents
     from nextblock.data.sources import open_source
+    from nextblock.jobs.cache_latents import cache_latents
     from nextblock.jobs.datasets import datasets
     from nextblock.jobs.demo import demo
     from nextblock.jobs.doctor import doctor
     from nextblock.jobs.embed import embed
+    from nextblock.jobs.fid import fid
     from nextblock.jobs.finetune import finetune
     from nextblock.jobs.image_features import ImageFeatures
     from nextblock.jobs.knn import knn
+    from nextblock.jobs.opening_generator import open_generator
     from nextblock.jobs.predict import predict
     from nextblock.jobs.pretrain import pretrain
     from nextblock.jobs.probe import probe
     from nextblock.jobs.reconstruct import reconstruct
+    from nextblock.jobs.sample import sample
+    from nextblock.jobs.train_generator import train_generator
     from nextblock.mask import block_causal_mask, teacher_forcing_mask
     from nextblock.ordering import Ordering, ScalePyramid
     from nextblock.xar.config import XARConfig
@@ -71,21 +87,29 @@ __all__ = [
     "XARConfig",
     "XTRAConfig",
     "block_causal_mask",
+    "cache_latents",
     "datasets",
     "demo",
     "doctor",
     "embed",
+    "fid",
     "finetune",
     "knn",
+    "load_official_kl16",
     "load_official_xar",
     "load_official_xtra",
+    "open_generator",
+    "open_latents",
     "open_source",
+    "open_vae",
     "predict",
     "pretrain",
     "probe",
     "reconstruct",
+    "sample",
     "sample_latents",
     "teacher_forcing_mask",
+    "train_generator",
 ]
 
 

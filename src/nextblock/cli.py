@@ -26,6 +26,10 @@ VERBS = {
     "predict": ("nextblock.jobs.predict", "classes of images, by a probe or a fine-tuned model"),
     "embed": ("nextblock.jobs.embed", "features of images, to a file"),
     "reconstruct": ("nextblock.jobs.reconstruct", "pictures of the next-cell predictions"),
+    "cache-latents": ("nextblock.jobs.cache_latents", "images to latents of a VAE, once, for train-generator"),
+    "train-generator": ("nextblock.jobs.train_generator", "train an xAR generator on images or cached latents"),
+    "sample": ("nextblock.jobs.sample", "make images with a generator"),
+    "fid": ("nextblock.jobs.fid", "how good are they? Fréchet distance and others between two sets of images"),
     "doctor": ("nextblock.jobs.doctor", "what is this machine missing?"),
 }
 YES_NO = dict.fromkeys(("", "true", "yes", "on", "1"), "true") | dict.fromkeys(("false", "no", "off", "0"), "false")
@@ -54,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _batch_option(args: list[str]) -> str:
-    sections = {"probe": "--probe.per_device_batch", "pretrain": "--training.per_device_batch"}
+    training = "--training.per_device_batch"
+    sections = {"probe": "--probe.per_device_batch", "pretrain": training, "train-generator": training}
     return sections.get(args[0], "--batch_size (--training.per_device_batch for training)")
 
 
@@ -76,12 +81,12 @@ def _run(args: list[str]) -> int:
     if verb not in VERBS:
         return _fail(f"there is no verb '{verb}'.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}.", 2)
     module = import_module(VERBS[verb][0])
-    job, needs = getattr(module, verb), getattr(module, "SHELL_NEEDS", {})
+    job, needs = getattr(module, verb.replace("-", "_")), getattr(module, "SHELL_NEEDS", {})
     return _call(verb, job, getattr(module, "SECTIONS", {}), needs, args[1:])
 
 
 def _overview() -> str:
-    lines = [f"  {verb:<12} {about}" for verb, (_, about) in VERBS.items()]
+    lines = [f"  {verb:<15} {about}" for verb, (_, about) in VERBS.items()]
     return "\n".join(
         ["usage: nextblock VERB [options]", "", *lines, "", "nextblock VERB --help tells a verb's options."]
     )
