@@ -24,3 +24,7 @@ def test_arms_with_and_without_a_kind_are_drawn(tmp_path: Path) -> None:
     assert draw_seeds(arms, tmp_path / "seeds.png", title="t", baseline="random").stat().st_size > 5000
     with pytest.raises(DataError, match="no accuracy to draw"):
         draw_seeds({"empty": {}}, tmp_path / "none.png")
+    other = {"cells": {"distance": [1.0, 2.0]}}
+    assert draw_seeds(other, tmp_path / "other.png", panels={"distance": "Fréchet distance"}).stat().st_size > 5000
+    with pytest.raises(DataError, match="nothing to draw"):
+        draw_seeds(other, tmp_path / "none.png", panels={"kid": "KID"})
