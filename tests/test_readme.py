@@ -10,12 +10,22 @@ from pathlib import Path
 import pytest
 
 from nextblock.cli import main
+from small_kl16 import write_kl16
 from tiny_run import flags, tiny, write_images
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Runs for minutes: the same job is tested in small in tests/jobs/test_use.py.
 LONG = {"nextblock demo"}
+# The commands about generation, in small.
+SIZES = {"model.width": "16", "model.depth": "2", "model.num_heads": "2", "training.batch_size": "4",
+         "training.epochs": "1", "watch.pictures": "2", "watch.steps": "2", "data.workers": "0"}  # fmt: skip
+GENERATION = {
+    "train-generator": [part for name, value in SIZES.items() for part in (f"--{name}", value)],
+    "sample": ["--steps", "2"],
+    "cache-latents": ["--image_size_px", "32", "--workers", "0"],
+    "fid": ["--workers", "0"],
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -59,6 +69,7 @@ def test_the_commands_run_in_the_order_of_the_readme(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEXTBLOCK_CACHE", str(tmp_path / "cache"))
     write_images(tmp_path / "photos", per_class=6)
+    write_kl16(tmp_path / "kl16.ckpt")
     small = tiny()
     for command in commands():
         arguments = shlex.split(command)[1:]
@@ -66,6 +77,9 @@ def test_the_commands_run_in_the_order_of_the_readme(
             arguments += ["--finetune.ema_decay", "0.9", "--training.epochs", "1", "--finetune.workers", "0"]
         if arguments[0] == "pretrain" and "--resume" not in arguments:
             arguments += flags(small)
+        arguments += GENERATION.get(arguments[0], [])
+        if "xar_b_in256" in arguments:
+            arguments += ["--model.latent_size", "2", "--model.entity_size", "1"]
         assert main(arguments) == 0, f"{command}\n{capsys.readouterr()}"
     for code in blocks("python"):
         code = code.replace('training={"epochs": 1}', f"**{small!r} | {{'data': {{'train': 'photos'}}}}")

@@ -17,6 +17,7 @@ from nextblock.checkpoints.official_kl16 import load_official_kl16
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.errors import CheckpointError, ConfigError
 from nextblock.vae import Autoencoder, Pixels, posterior_sample, same_vae
+from small_kl16 import official_state, write_kl16
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = {
@@ -26,17 +27,9 @@ TINY = {
 }  # fmt: skip
 
 
-def official_state() -> dict[str, torch.Tensor]:
-    stored = np.load(DATA / "kl16_small_weights_int8.npz")
-    names = [name for name in stored.files if not name.startswith("scale:")]
-    return {n: torch.from_numpy(stored[n].astype(np.float32) * stored[f"scale:{n}"].astype(np.float32)) for n in names}
-
-
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("kl16") / "kl16.ckpt"
-    torch.save({"model": official_state()}, path)
-    return path
+    return write_kl16(tmp_path_factory.mktemp("kl16") / "kl16.ckpt")
 
 
 @pytest.fixture(scope="module")

@@ -358,3 +358,18 @@ def test_a_configuration_survives_a_file() -> None:
     for fields in ENTITIES.values():
         config = XARConfig(**(SMALL | fields))
         assert XARConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("context", ["random", "clean"])
+@pytest.mark.parametrize("name", ["cells", "scales"])
+def test_mixed_precision(name: str, context: str) -> None:
+    model = make(name, context=context).float()
+    latents, labels, times, noise = inputs(model)
+    loss = model.loss(latents.float(), labels, times=times, noise=noise.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.loss(latents.float(), labels, times=times, noise=noise.float())
+        made = sample_latents(model, labels, steps=2, guidance=2.0)
+    assert mixed.dtype == made.dtype == torch.float32
+    assert_close(mixed, loss, 2e-2)
+    mixed.backward()
+    assert made.isfinite().all()

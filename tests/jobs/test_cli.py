@@ -232,7 +232,7 @@ def test_every_option_says_what_it_does(verb: str) -> None:
     from nextblock.cli import _parser
 
     module = import_module(VERBS[verb][0])
-    parser = _parser(verb, getattr(module, verb), getattr(module, "SECTIONS", {}))
+    parser = _parser(verb, getattr(module, verb.replace("-", "_")), getattr(module, "SECTIONS", {}))
     silent = [
         a.dest for a in parser._actions if a.option_strings and not (a.help or "").split("(type:")[0].strip(" %s")
     ]

@@ -121,12 +121,17 @@ def test_doctor_finds_versions_and_devices() -> None:
 
 def test_demo_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nextblock.jobs.demo.PER_ORIGINAL", 1)
-    made = nb.demo(out=tmp_path / "demo", epochs=0.1, compare=True)
+    monkeypatch.setattr("nextblock.jobs.demo_generator.SAMPLES", 80)
+    monkeypatch.setattr("nextblock.jobs.demo_generator.STEPS", 2)
+    made = nb.demo(out=tmp_path / "demo", epochs=0.1, generator_epochs=0.2, compare=True)
     told = capsys.readouterr().out
     names = [row["name"] for row in made["rows"]]
     assert len(names) == 4
     assert json.loads((tmp_path / "demo" / "results.json").read_text())["rows"] == made["rows"]
-    for picture in ("accuracy.png", "curves.png", "reconstructions/contact-sheet.png"):
+    assert [row["images"] for row in made["generated"]] == [[80, 1437], [80, 1437], [718, 719]]
+    assert all(0 <= row["frechet"] < 10 for row in made["generated"])
+    pictures = ("accuracy.png", "curves.png", "reconstructions/contact-sheet.png", "generated-cells.png")
+    for picture in (*pictures, "generated-patches.png"):
         assert (tmp_path / "demo" / picture).is_file()
         assert picture.split("/")[-1] in told.replace("\n", "")
     by_name = {row["name"]: row for row in made["rows"]}
@@ -134,11 +139,14 @@ def test_demo_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
 
 
 def test_scattered_digits_are_split_by_original() -> None:
-    from nextblock.data.digits import scattered_digits
+    from nextblock.data.digits import on_canvas, plain_digits, scattered_digits
 
     train, held_out = scattered_digits(0, 2)
     assert not set(train.originals) & set(held_out.originals)
     assert len(train.images) == 2 * (1797 - 360)
+    plain, _ = plain_digits()
+    assert set(plain.originals) == set(train.originals)
+    assert np.array_equal(on_canvas(plain.images)[:, 8:24, 8:24], plain.images)
     again, _ = scattered_digits(0, 2)
     assert np.array_equal(train.images, again.images)
     assert not np.array_equal(train.images, scattered_digits(1, 2)[0].images)

@@ -52,6 +52,22 @@ def test_learning_rate() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_the_rate_stays_at_its_peak_until_the_decay_begins() -> None:
+    """As the official xAR code does with 100, 600 and 800 epochs, here at any length."""
+    p = plan(decay_from=0.75, final=0.025)
+    rates = [p.lr(s) for s in range(100)]
+    assert rates[10:76] == [1.0] * 66
+    assert rates[76] < 1.0
+    assert p.lr(87) == pytest.approx((1 + 0.025) / 2, abs=0.04)
+    assert rates[99] == pytest.approx(0.025)
+    assert rates[75:] == sorted(rates[75:], reverse=True)
+
+
+def test_a_decay_from_the_start_is_the_plain_cosine_and_one_from_the_end_is_none() -> None:
+    assert [plan(decay_from=0.05).lr(s) for s in range(100)] == [plan().lr(s) for s in range(100)]
+    assert plan(decay_from=1.0).lr(99) == 1.0
+
+
 def test_a_short_run_shortens_its_warm_up() -> None:
     p = plan(epochs=1, warmup_epochs=40)
     assert p.lr(2) == pytest.approx(1.0)
@@ -66,7 +82,15 @@ def test_learning_rate_is_scaled_from_its_own_batch(rule: str, peak: float) -> N
 
 @pytest.mark.parametrize(
     "values",
-    [{"epochs": 0}, {"batch_size": -1}, {"lr": 0}, {"final": 2}, {"betas": (0.9, 1.0)}, {"clip_grad_norm": -1}],
+    [
+        {"epochs": 0},
+        {"batch_size": -1},
+        {"lr": 0},
+        {"final": 2},
+        {"decay_from": 1.5},
+        {"betas": (0.9, 1.0)},
+        {"clip_grad_norm": -1},
+    ],
 )
 def test_bad_values_are_named(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"training.{next(iter(values))}"):

@@ -15,31 +15,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nextblock.errors import CheckpointError, ConfigError
+from nextblock.xar.config import XARConfig
+from nextblock.xar.model import XAR
 from nextblock.xtra.classifier import Classifier, HeadConfig
 from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.model import XTRA
 
+Model = XTRA | Classifier | XAR
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 
 
-def save_pretrained(folder: Path, model: XTRA | Classifier, preprocessing: Mapping[str, Any], card: str) -> Path:
+def save_pretrained(
+    folder: Path,
+    model: Model,
+    preprocessing: Mapping[str, Any],
+    card: str,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the folder whole or not at all, in place of an older one.
 
     Args:
         folder: where; made new.
-        model: the whole model, encoder and predictor, or encoder and head.
+        model: the whole model: encoder and predictor, encoder and head, or a generator.
         preprocessing: plain values that say how an image becomes the model's input.
         card: the model card, Markdown.
+        about: what else config.json shall hold, ready for JSON; see `read_about`.
     """
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    config = _described(model) | {"sha256": _sha256(beside / "model.safetensors")}
+    config = _described(model) | dict(about or {}) | {"sha256": _sha256(beside / "model.safetensors")}
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (beside / "preprocessor_config.json").write_text(json.dumps(dict(preprocessing), indent=2) + "\n")
     (beside / "README.md").write_text(card)
+    shutil.copymode(beside / "README.md", beside / "model.safetensors")  # safetensors lets nobody but the owner read
     for name in FILES:
         with open(beside / name, "rb") as file:
             os.fsync(file.fileno())
@@ -49,17 +60,19 @@ def save_pretrained(folder: Path, model: XTRA | Classifier, preprocessing: Mappi
     return folder
 
 
-def _described(model: XTRA | Classifier) -> dict[str, Any]:
+def _described(model: Model) -> dict[str, Any]:
     """What config.json says of a model, enough to make one of the same kind and sizes."""
     described: dict[str, Any] = {"model_type": "xtra", "config": model.config.to_dict()}
     if isinstance(model, Classifier):
         head = {"head": model.head_config.to_dict(), "classes": list(model.classes)}
         return described | {"model_type": "xtra_classifier"} | head
-    return described
+    return described | {"model_type": "xar"} if isinstance(model, XAR) else described
 
 
-def _made(about: Mapping[str, Any], where: Path) -> XTRA | Classifier:
+def _made(about: Mapping[str, Any], where: Path) -> Model:
     """The inverse of `_described`."""
+    if about["model_type"] == "xar":
+        return XAR(XARConfig.from_dict(about["config"]))
     config = XTRAConfig.from_dict(about["config"])
     if about["model_type"] == "xtra":
         return XTRA(config)
@@ -68,7 +81,7 @@ def _made(about: Mapping[str, Any], where: Path) -> XTRA | Classifier:
     raise CheckpointError(f"{where}/config.json is of a '{about['model_type']}' model, which is unknown here.")
 
 
-def load_pretrained(folder: Path) -> tuple[XTRA | Classifier, dict[str, Any]]:
+def load_pretrained(folder: Path) -> tuple[Model, dict[str, Any]]:
     """The model and its preprocessing values, checked by hash and by name.
 
     Raises CheckpointError when a file is missing, damaged, or holds other weights than config.json describes.
@@ -85,6 +98,15 @@ def load_pretrained(folder: Path) -> tuple[XTRA | Classifier, dict[str, Any]]:
     except (json.JSONDecodeError, SafetensorError, ConfigError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} cannot be read as a weights folder: {error}") from error
     return model, preprocessing
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """config.json of a weights folder. Raises CheckpointError when it is missing or damaged."""
+    try:
+        about: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a weights folder: no readable config.json ({error}).") from error
+    return about
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

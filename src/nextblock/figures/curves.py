@@ -17,8 +17,9 @@ from nextblock.training.run_folder import read_metrics
 
 # column -> (title, label with unit)
 PANELS = {
-    "loss": ("Training loss", "loss per pixel"),
-    "val_loss": ("Validation loss", "loss per pixel"),
+    "loss": ("Training loss", "loss"),
+    "val_loss": ("Validation loss", "loss"),
+    "ema_val_loss": ("Validation loss, averaged weights", "loss"),
     "knn": ("Nearest neighbours", "kNN accuracy (%)"),
     "effective_rank": ("Effective rank of the features", "dimensions in use"),
     "lr": ("Learning rate", "learning rate"),

@@ -1,4 +1,5 @@
-"""See it work: learn features of scattered handwritten digits, and compare them with what needs no learning."""
+"""See it work: learn features of scattered handwritten digits, compare them with what needs no learning, and generate
+digits by cells and by patches."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from nextblock.evaluation.features import Features, extract, pixel_features
 from nextblock.evaluation.knn import knn_accuracy
 from nextblock.evaluation.linear import linear_accuracy
 from nextblock.figures.curves import draw_bars, draw_curves
+from nextblock.jobs.demo_generator import GUIDANCE, generate_digits
 from nextblock.jobs.opening import open_model
 from nextblock.jobs.pretrain import pretrain
 from nextblock.jobs.reconstruct import reconstruct
@@ -41,21 +43,24 @@ def demo(
     seed: int = 0,
     compare: bool = False,
     epochs: float | None = None,
+    generator_epochs: float | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Pre-train on scattered digits and measure the features on held-out digits; nothing to download.
+    """Pre-train on scattered digits, measure the features on held-out digits, and generate digits; nothing to download.
 
     Controls: raw pixels, and the same encoder with random weights (the best of three is told too). Training and
-    held-out canvases show different handwritten originals.
+    held-out canvases show different handwritten originals. Then two generators, by cells and by single patches, learn
+    the digits; their samples are judged by the Fréchet distance to the real ones in the features of the encoder.
 
     Args:
         out: a new or empty folder; by default a dated one under runs/.
         seed: of the canvases, the weights and the training.
         compare: also pre-train with single patches as entities (next-patch prediction, as in AIM).
         epochs: passes over the canvases; the recipe's when left out.
+        generator_epochs: passes over the digits; the recipe's when left out.
         quiet: print nothing.
 
-    Returns the table's rows, the seed and the folder; also written to `results.json` there.
+    Returns the tables' rows, the seed and the folder; also written to `results.json` there.
     """
     console = Console(quiet=quiet)
     started = time.monotonic()
@@ -75,10 +80,18 @@ def demo(
     console.print("measuring features on held-out digits ...", highlight=False)
     rows = [_row(name, train, held_out, _of_run(run)) for name, run in runs.items()]
     rows += _controls(train, held_out, _preprocessing(), seed)
-    write_text(folder / "results.json", to_json({"seed": seed, "rows": rows}))
     pictures = _pictures(folder, runs, rows, held_out)
-    _tell(console, rows, seed, time.monotonic() - started, folder, pictures)
-    return {"seed": seed, "rows": rows, "folder": str(folder)}
+    _tell(console, rows, seed)
+    encoder = next(iter(runs.values()))
+    generated, sheets = generate_digits(folder, encoder, seed=seed, epochs=generator_epochs, console=console)
+    _tell_generated(console, generated)
+    found = {"seed": seed, "rows": rows, "generated": generated}
+    write_text(folder / "results.json", to_json(found))
+    seconds = time.monotonic() - started
+    console.print(f"{seconds:.0f} s. Everything is in {folder}; look at", highlight=False, soft_wrap=True)
+    for picture in [*pictures, *sheets]:
+        console.print(f"  {picture}", highlight=False, soft_wrap=True)
+    return found | {"folder": str(folder)}
 
 
 def _train(
@@ -148,14 +161,23 @@ def _pictures(folder: Path, runs: dict[str, Path], rows: list[dict[str, Any]], h
     return [Path(bars), Path(curves), drawn / "contact-sheet.png"]
 
 
-def _tell(
-    console: Console, rows: list[dict[str, Any]], seed: int, seconds: float, folder: Path, pictures: list[Path]
-) -> None:
+def _tell(console: Console, rows: list[dict[str, Any]], seed: int) -> None:
     table = Table("features", "kNN %", "linear %", title=f"accuracy on held-out digits (seed {seed})")
     for row in rows:
         table.add_row(row["name"], f"{row['knn']:.1f}", f"{row['linear']:.1f}")
     console.print()
     console.print(table)
-    console.print(f"{seconds:.0f} s. Everything is in {folder}; look at", highlight=False, soft_wrap=True)
-    for picture in pictures:
-        console.print(f"  {picture}", highlight=False, soft_wrap=True)
+
+
+def _tell_generated(console: Console, rows: list[dict[str, Any]]) -> None:
+    title = (
+        "generated digits: Fréchet distance × 1000 to the real ones,\nin the features of the encoder above (not FID)"
+    )
+    table = Table("samples", "distance", "images", title=title)
+    for row in rows:
+        table.add_row(row["name"], f"{1000 * row['frechet']:.2f}", " / ".join(f"{n:,}" for n in row["images"]))
+    console.print()
+    console.print(table)
+    console.print(
+        f"Guidance {GUIDANCE:g}; lower is closer, and the last row is how close real digits come.", highlight=False
+    )

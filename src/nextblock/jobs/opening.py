@@ -12,7 +12,8 @@ from nextblock.errors import CheckpointError, ConfigError, RunError, nearest
 from nextblock.recipes.config import DataConfig, typed
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.launch import pick_device
-from nextblock.training.run_folder import read_config
+from nextblock.training.run_folder import job_of, read_config
+from nextblock.xar.model import XAR
 from nextblock.xtra.classifier import Classifier
 from nextblock.xtra.model import XTRA, Encoder
 
@@ -73,21 +74,41 @@ def open_classifier(run: str | Path, device: str = "auto") -> OpenedClassifier:
 
 
 def _open(path: Path, device: str) -> tuple[XTRA | Classifier, Preprocessing, Path]:
-    if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise RunError(f"No run or weights folder at {path}.{nearest(path.name, siblings)}")
-    weights = next((p for p in (path / "exported", path) if (p / "config.json").is_file()), None)
+    weights = weights_in(path)
     if weights:
         model, values = load_pretrained(weights)
+        if isinstance(model, XAR):
+            raise _no_encoder(path)
         return model.to(pick_device(device)).eval(), Preprocessing.from_dict(values), weights
     stored = read_config(path)
-    if job := next((name for name in ("probe", "finetune") if name in stored), None):
+    job = job_of(stored)
+    if job == "train-generator":
+        raise _no_encoder(path)
+    if job != "pretrain":
         raise RunError(f"{path} is not finished. Continue it: nextblock {job} --resume {path}")
     config = typed(stored)
     where, state = newest_checkpoint(path / "checkpoints")
     model = XTRA(config.model)
     load_weights(model, state["model"], str(where))
     return model.to(pick_device(device)).eval(), config.data.preprocessing(config.model), where
+
+
+def weights_in(path: Path) -> Path | None:
+    """The folder of exported weights that `path` is or, being a finished run, has; None while a run still goes.
+
+    Raises RunError, naming the nearest, when there is no such folder.
+    """
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise RunError(f"No run or weights folder at {path}.{nearest(path.name, siblings)}")
+    return next((p for p in (path / "exported", path) if (p / "config.json").is_file()), None)
+
+
+def _no_encoder(path: Path) -> RunError:
+    return RunError(
+        f"{path} holds a generator, which has no encoder and gives no features. Make images with it: nextblock sample "
+        f"{path}"
+    )
 
 
 def run_data(run: str | Path) -> DataConfig:
@@ -114,11 +135,16 @@ def one_or_many(images: Any) -> Any:
 def initial_weights(where: str | Path, model: XTRA) -> None:
     """Load `model`, in place, from a run or weights folder. Raises CheckpointError when the sizes differ."""
     other = open_model(where, device="cpu")
-    theirs, ours = other.model.config.to_dict(), model.config.to_dict()
-    shaping = set(ours) - {"drop_path", "pixel_loss", "normalize_targets", "order", "order_seed"}
-    changed = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k in shaping and theirs[k] != ours[k]]
+    free = {"drop_path", "pixel_loss", "normalize_targets", "order", "order_seed"}
+    take_weights(model, other.model, free, other.where)
+
+
+def take_weights(model: Any, other: Any, free: set[str], where: Path) -> None:
+    """Load `model` with the weights of `other`, whose configuration may differ in what is `free` only."""
+    theirs, ours = other.config.to_dict(), model.config.to_dict()
+    changed = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if k not in free and theirs[k] != ours[k]]
     if changed:
         raise CheckpointError(
-            f"{other.where} is of another configuration: {'; '.join(changed)}. Give the same --model sizes."
+            f"{where} is of another configuration: {'; '.join(changed)}. Give the same --model sizes."
         )
-    load_weights(model, other.model.state_dict(), str(other.where))
+    load_weights(model, other.state_dict(), str(where))

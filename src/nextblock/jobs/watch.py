@@ -19,7 +19,6 @@ from nextblock.evaluation.inference import device_of, inference
 from nextblock.evaluation.knn import knn_accuracy
 from nextblock.evaluation.rank import effective_rank
 from nextblock.evaluation.reconstruction import reconstruct
-from nextblock.figures.curves import draw_curves
 from nextblock.figures.reconstruction import draw_contact_sheet
 from nextblock.jobs.classes import in_classes_of
 from nextblock.randomness import permutation
@@ -81,9 +80,6 @@ class Watch:
             if str(error) not in self.told:
                 self.say(f"not measured while training: {error}")
                 self.told.add(str(error))
-
-    def draw_curves(self) -> None:
-        draw_curves({self.folder.name: self.folder / "metrics.csv"}, self.folder / "figures" / "curves.png")
 
     def _features(self, source: Source, indices: list[int]) -> Features:
         batches = evaluation_batches(source, self.preprocessing, batch_size=BATCH, indices=indices)

@@ -8,35 +8,34 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 
 from nextblock.data.augment import CropConfig
 from nextblock.data.preprocess import Preprocessing
+from nextblock.data.sources import Source, open_source
 from nextblock.errors import ConfigError, in_plain_words, nearest
 from nextblock.training.config import TrainingConfig
 from nextblock.xtra.config import PRESETS, XTRAConfig
 
+Config = TypeVar("Config")
+
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they become crops.
+class SourceConfig:
+    """Which images, and how they are read.
 
     Attributes:
         train: a folder of images, Parquet file(s), `hf:NAME` (a Hugging Face data set); in Python also arrays
             or any object with `__len__` and `__getitem__`.
-        val: labelled images to watch the training with, given in the same ways; optional.
+        val: images to watch the training with, given in the same ways; optional.
         train_split: which split, where a source has several.
         val_split: the same for `val`.
         image_column: of tables.
         label_column: of tables; labels are taken from "label" when it is there.
         crop_scale: share of the image's area that a training crop covers, (least, most).
-        crop_ratio: width / height of a training crop, (least, most).
         flip: probability of a horizontal flip.
-        resize_px: shorter side before the centre crop of evaluation; 0 = 8/7 of the image size.
-        mean: per channel, of pixels in 0..1; ImageNet's when left out.
-        std: the same for the standard deviation.
         exif_orientation: turn images as their EXIF orientation says.
         workers: loading processes; -1 = chosen from the cores.
         timeout_s: longest wait for a batch, in seconds.
@@ -50,15 +49,35 @@ class DataConfig:
     image_column: str = "image"
     label_column: str | None = None
     crop_scale: tuple[float, float] = (0.3, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.5)
     flip: float = 0.5
-    resize_px: int = 0
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
     exif_orientation: bool = True
     workers: int = -1
     timeout_s: float = 300.0
     max_bad_fraction: float = 0.001
+
+    def open(self, name: str, objects: Mapping[str, Any]) -> Source | None:
+        """The images of `train` or `val`: a Python object where `objects` has one. None where there are none."""
+        spec, split = objects.get(name, getattr(self, name)), getattr(self, f"{name}_split")
+        if spec is None:
+            return None
+        return open_source(spec, split=split, image_column=self.image_column, label_column=self.label_column)
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Which images, and how they become crops. `val` is to be labelled where kNN shall be watched.
+
+    Attributes:
+        crop_ratio: width / height of a training crop, (least, most).
+        resize_px: shorter side before the centre crop of evaluation; 0 = 8/7 of the image size.
+        mean: per channel, of pixels in 0..1; ImageNet's when left out.
+        std: the same for the standard deviation.
+    """
+
+    crop_ratio: tuple[float, float] = (0.75, 1.5)
+    resize_px: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def preprocessing(self, model: XTRAConfig) -> Preprocessing:
         """How an image becomes an input of this model."""
@@ -109,37 +128,84 @@ class PretrainConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
+@dataclass(frozen=True)
+class Kind(Generic[Config]):
+    """One kind of recipe.
+
+    Attributes:
+        verb: the job that runs it.
+        config: the dataclass of a complete run, with a field for each section.
+        sections: name -> its dataclass.
+        presets: name -> what it says of the model section.
+    """
+
+    verb: str
+    config: type[Config]
+    sections: Mapping[str, type]
+    presets: Mapping[str, Mapping[str, Any]]
+
+    def count(self, values: Mapping[str, Any]) -> int:
+        """How many keys of these sections there are in this kind."""
+        return sum(name in self.keys(section) for section, content in values.items() for name in content)
+
+    def keys(self, section: str) -> list[str]:
+        kind = self.sections.get(section)
+        return [f.name for f in dataclasses.fields(kind)] if kind else []
+
+
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "model": XTRAConfig,
     "training": TrainingConfig,
     "watch": WatchConfig,
 }
+_DERIVED = dict.fromkeys(("projection_hidden", "predictor_width", "predictor_heads", "head_hidden"), 0)
+PRETRAIN = Kind(
+    "pretrain",
+    PretrainConfig,
+    SECTIONS,
+    {name: {**_DERIVED, "predictor_depth": XTRAConfig.predictor_depth, **sizes} for name, sizes in PRESETS.items()},
+)
 
 
-def recipe_names() -> list[str]:
-    """The packaged recipes."""
-    files = resources.files("nextblock.recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+def kinds() -> tuple[Kind[Any], ...]:
+    """Every kind of recipe."""
+    from nextblock.recipes.generator import GENERATOR  # which is made of what stands here
+
+    return PRETRAIN, GENERATOR
 
 
-def read_recipe(name_or_file: str | Path) -> dict[str, Any]:
+def recipe_names(kind: Kind[Any] = PRETRAIN) -> list[str]:
+    """The packaged recipes of a kind."""
+    files = (file for file in resources.files("nextblock.recipes").iterdir() if file.name.endswith(".yaml"))
+    found = {file.name.removesuffix(".yaml"): yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+    return sorted(name for name, values in found.items() if kind.count(values) == sum(map(len, values.values())))
+
+
+def read_recipe(name_or_file: str | Path, kind: Kind[Any] = PRETRAIN) -> dict[str, Any]:
     """The sections of a packaged recipe or of a YAML file.
 
-    Raises ConfigError when there is no such recipe (the nearest is named) or the file is not a recipe.
+    Raises ConfigError when there is no such recipe (the nearest is named), the file is not a recipe, or it is one of
+    another kind (the verb that runs it is named).
     """
-    text = _recipe_text(name_or_file)
+    text = _recipe_text(name_or_file, kind)
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name_or_file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
-        raise ConfigError(f"{name_or_file} is not a recipe: it must hold the sections {', '.join(SECTIONS)}.")
-    check_keys(values, f"recipe {name_or_file}")
+        raise ConfigError(f"{name_or_file} is not a recipe: it must hold the sections {', '.join(kind.sections)}.")
+    known = kind.count(values)
+    if known < sum(map(len, values.values())):
+        other = next((each for each in kinds() if each.count(values) > known), None)
+        if other:
+            right = f"nextblock {other.verb} --config {name_or_file}"
+            raise ConfigError(f"{name_or_file} is a recipe of another verb. Run it with: {right}")
+    check_keys(values, f"recipe {name_or_file}", kind)
     return values
 
 
-def _recipe_text(name_or_file: str | Path) -> str:
+def _recipe_text(name_or_file: str | Path, kind: Kind[Any]) -> str:
     path = Path(name_or_file)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
@@ -147,22 +213,23 @@ def _recipe_text(name_or_file: str | Path) -> str:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
             raise ConfigError(f"cannot read the recipe {path}: {reason}.") from error
-    names = recipe_names()
-    if str(name_or_file) not in names:
+    packaged = resources.files("nextblock.recipes") / f"{name_or_file}.yaml"
+    if not packaged.is_file():
+        names = recipe_names(kind)
         hint = nearest(str(name_or_file), names)
         raise ConfigError(f"No recipe '{name_or_file}' and no such file.{hint} Recipes: {', '.join(names)}.")
-    return (resources.files("nextblock.recipes") / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    return packaged.read_text(encoding="utf-8")
 
 
-def check_keys(values: Mapping[str, Any], where: str) -> None:
+def check_keys(values: Mapping[str, Any], where: str, kind: Kind[Any] = PRETRAIN) -> None:
     """Raise ConfigError for a section or key that does not exist, naming the nearest one."""
     for section, content in values.items():
-        if section not in SECTIONS:
-            raise ConfigError(f"{where}: there is no section '{section}'.{nearest(section, SECTIONS)}")
-        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        if section not in kind.sections:
+            raise ConfigError(f"{where}: there is no section '{section}'.{nearest(section, kind.sections)}")
+        known = kind.keys(section)
         for name in content:
             if name not in known:
-                everywhere = {f"{s}.{f.name}" for s, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
+                everywhere = {f"{each}.{key}" for each in kind.sections for key in kind.keys(each)}
                 hint = _elsewhere(name, everywhere) or nearest(name, known)
                 raise ConfigError(f"{where}: there is no key '{section}.{name}'.{hint}")
 
@@ -181,20 +248,25 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def preset_layer(preset: str | None) -> dict[str, Any]:
+def preset_layer(preset: str | None, kind: Kind[Any] = PRETRAIN) -> dict[str, Any]:
     """The model section of a preset. Raises ConfigError for an unknown name."""
     if preset is None:
         return {}
-    if preset not in PRESETS:
-        raise ConfigError(f"No preset '{preset}'.{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}.")
-    derived = dict.fromkeys(("projection_hidden", "predictor_width", "predictor_heads", "head_hidden"), 0)
-    return {"model": {**derived, "predictor_depth": XTRAConfig.predictor_depth, **PRESETS[preset]}}
+    if preset not in kind.presets:
+        known = kind.presets
+        raise ConfigError(f"No preset '{preset}'.{nearest(preset, known)} Presets: {', '.join(known)}.")
+    return {"model": dict(kind.presets[preset])}
 
 
 def typed(values: Mapping[str, Any]) -> PretrainConfig:
-    """Plain sections as the dataclasses, with types checked. Raises ConfigError in one sentence."""
-    check_keys(values, "configuration")
-    return PretrainConfig(**_instantiated(SECTIONS, values))
+    """The plain sections of a pre-training run as its dataclasses. Raises ConfigError in one sentence."""
+    return typed_as(PRETRAIN, values)
+
+
+def typed_as(kind: Kind[Config], values: Mapping[str, Any]) -> Config:
+    """Plain sections as the dataclasses of a kind, with types checked. Raises ConfigError in one sentence."""
+    check_keys(values, "configuration", kind)
+    return kind.config(**_instantiated(kind.sections, values))
 
 
 def typed_section(name: str, values: Mapping[str, Any], sections: Mapping[str, type]) -> Any:
@@ -225,8 +297,8 @@ def _instantiated(sections: Mapping[str, type], values: Mapping[str, Any]) -> di
     return {section: getattr(made, section) for section in sections}
 
 
-def to_values(config: PretrainConfig) -> dict[str, Any]:
-    """The sections as plain values; the inverse of `typed`."""
+def to_values(config: Any) -> dict[str, Any]:
+    """The sections of a complete configuration as plain values; the inverse of `typed_as`."""
 
     def plain(value: Any) -> Any:
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
@@ -235,14 +307,14 @@ def to_values(config: PretrainConfig) -> dict[str, Any]:
     return {section: {k: plain(v) for k, v in content.items()} for section, content in sections.items()}
 
 
-def to_yaml(config: PretrainConfig, header: str = "") -> str:
+def to_yaml(config: Any, header: str = "") -> str:
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     return comment + yaml.safe_dump(to_values(config), sort_keys=False)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, old value, new value) for each key of two complete configurations that differs."""
-    for section in SECTIONS:
+    for section in {**old, **new}:
         before, after = old.get(section, {}), new.get(section, {})
         for name in {**before, **after}:
             if before.get(name) != after.get(name):

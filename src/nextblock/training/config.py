@@ -23,6 +23,8 @@ class TrainingConfig:
             or "none".
         warmup_epochs: linear rise to the peak; at most a fifth of a run (a shorter run shortens it).
         warmup_start: first learning rate as a fraction of the peak.
+        decay_from: where the cosine begins, as a fraction of the run; until then the rate stays at its peak. 0 = at
+            the end of the warm-up, 1 = never.
         final: last learning rate of the cosine as a fraction of the peak.
         weight_decay: for matrices and position embeddings; biases and norms are not decayed.
         betas: of AdamW.
@@ -48,6 +50,7 @@ class TrainingConfig:
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
     warmup_epochs: float = 10.0
     warmup_start: float = 0.1
+    decay_from: float = 0.0
     final: float = 0.001
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
@@ -79,6 +82,8 @@ class TrainingConfig:
         for name in ("warmup_start", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"training.{name} is a fraction of lr, from 0 to 1; got {getattr(self, name)!r}.")
+        if not 0 <= self.decay_from <= 1:
+            raise ConfigError(f"training.decay_from is a fraction of the run, from 0 to 1; got {self.decay_from!r}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training.betas must lie in [0, 1); got {self.betas!r}.")
 

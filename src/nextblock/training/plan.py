@@ -70,7 +70,8 @@ class Plan:
             yield from (list(positions) for positions in self.micro_batches(step))
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then half a cosine to the final rate at the last step."""
+        """Learning rate of a step: linear warm-up, the peak until `decay_from` of the run, then half a cosine to the
+        final rate at the last step."""
         peak = self.config.peak_lr
         return self.lr_of(step, peak, self.config.final * peak)
 
@@ -80,5 +81,8 @@ class Plan:
         warmup = min(config.warmup_epochs * self.steps_per_epoch, MAX_WARMUP_FRACTION * total)
         if step < warmup:
             return peak * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
-        done = min(1.0, (step - warmup) / max(1.0, total - 1 - warmup))
+        decay = max(warmup, config.decay_from * total)
+        if step < decay:
+            return peak
+        done = min(1.0, (step - decay) / max(1.0, total - 1 - decay))
         return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2

@@ -70,7 +70,8 @@ class TrainingProgress:
 
 def _numbers(row: dict[str, float]) -> str:
     shown = [
-        ("loss", "loss {:.4f}"), ("val_loss", "val loss {:.4f}"), ("knn", "kNN {:.1f} %"),
+        ("loss", "loss {:.4f}"), ("val_loss", "val loss {:.4f}"),
+        ("ema_val_loss", "with averaged weights {:.4f}"), ("knn", "kNN {:.1f} %"),
         ("val_top1", "validation {:.1f} %"), ("ema_val_top1", "with averaged weights {:.1f} %"),
         ("effective_rank", "rank {:.1f}"), ("lr", "lr {:.2e}"), ("images_per_s", "{:.0f} images/s"),
     ]  # fmt: skip

@@ -116,12 +116,26 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def job_of(stored: dict[str, Any]) -> str:
+    """The verb that made a run, from its stored configuration."""
+    if "latent_size" in stored.get("model", {}):  # both trainings of models from nothing have the same sections
+        return "train-generator"
+    return next((name for name in ("probe", "finetune") if name in stored), "pretrain")
+
+
+JOBS = {
+    "probe": "a probe",
+    "finetune": "a fine-tuning run",
+    "pretrain": "a pre-training run",
+    "train-generator": "the training of a generator",
+}
+
+
 def require_job(stored: dict[str, Any], folder: Path, job: str) -> None:
     """Raise RunError, naming the verb that can, when the run in `folder` is not one of `job`."""
-    kind = next((name for name in ("probe", "finetune") if name in stored), "pretrain")
+    kind = job_of(stored)
     if kind != job:
-        what = {"probe": "a probe", "finetune": "a fine-tuning run", "pretrain": "a pre-training run"}[kind]
-        raise RunError(f"{folder} is {what}. Continue it with: nextblock {kind} --resume {folder}")
+        raise RunError(f"{folder} is {JOBS[kind]}. Continue it with: nextblock {kind} --resume {folder}")
 
 
 class RunFolder:

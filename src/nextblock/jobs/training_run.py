@@ -1,0 +1,217 @@
+"""What every training from nothing does in its run folder: record, train, stop, resume, finish."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from nextblock.data.loading import default_workers, training_batches
+from nextblock.errors import RunError
+from nextblock.jobs.record import header, start_record
+from nextblock.layers.transformer import TransformerLayer
+from nextblock.recipes.config import to_yaml
+from nextblock.training.checkpoint import newest_checkpoint
+from nextblock.training.launch import Fabric
+from nextblock.training.loop import Intervals, Loss, Meters, Update, run_state, train
+from nextblock.training.optimizer import make_optimizer
+from nextblock.training.plan import Plan
+from nextblock.training.progress import TrainingProgress
+from nextblock.training.run_folder import COLUMNS, RunFolder, environment, to_json, write_text
+from nextblock.training.signals import StopRequest
+from nextblock.xar.layers import XARLayer
+
+Look = Callable[[int], dict[str, float]]
+
+
+@dataclass
+class Trained:
+    """What a run left: its folder, the steps done, whether it was stopped by a signal (its number, or 0)."""
+
+    folder: Path
+    steps: int
+    finished: bool
+    signal: int = 0
+
+
+class TrainingRun:
+    """One run: the configured parts, put together. A job's own run sets what is listed here and fills the gaps below.
+
+    Attributes:
+        verb: of the shell, as is told when a run stops; the function is called the same, with underscores.
+        columns: of metrics.csv.
+        config: with the sections data, training and watch.
+        stream: of the training data, see `data.stream.TrainingStream`.
+        in_memory: the training data are a Python object, which no command line can name.
+    """
+
+    verb: str
+    columns: Sequence[str] = COLUMNS
+    config: Any
+    stream: Any
+    plan: Plan
+    model: nn.Module
+    in_memory: bool
+
+    def __init__(self, fabric: Fabric, console: Console) -> None:
+        self.fabric, self.console = fabric, console
+
+    # --- what a job fills in
+
+    def data_record(self) -> dict[str, Any]:
+        """The data as environment.json tells them; `sha256` notices a change."""
+        raise NotImplementedError
+
+    def write_manifest(self, file: Path) -> None:
+        """What `what_changed` needs to explain a change."""
+        raise NotImplementedError
+
+    def what_changed(self, file: Path) -> str:
+        raise NotImplementedError
+
+    def loss(self) -> Loss:
+        raise NotImplementedError
+
+    def watch(self, folder: Path) -> Look:
+        raise NotImplementedError
+
+    def finish(self, folder: Path) -> None:
+        """Export the weights and draw the curves; called on every process."""
+        raise NotImplementedError
+
+    def more_record(self) -> dict[str, Any]:
+        """What else environment.json tells."""
+        return {}
+
+    def start_extras(self, state: dict[str, Any] | None) -> None:
+        """Make what a run holds besides model and optimiser, fresh or from a checkpoint; the model is in place."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {}
+
+    def updater(self) -> Update | None:
+        """How a step is taken, where it is not the usual one."""
+        return None
+
+    # --- what is the same for all
+
+    def say(self, message: str) -> None:
+        if self.fabric.is_global_zero:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def write_record(self, folder: Path) -> None:
+        """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
+        start_record(self.fabric, folder, self._write_record)
+
+    def _write_record(self, folder: Path) -> None:
+        about = environment(self.config.training.seed, self.fabric.device.type) | self.more_record()
+        about["data"] = self.data_record()
+        write_text(folder / "environment.json", to_json(about))
+        self.write_manifest(folder / "data_manifest.txt.gz")
+        write_text(folder / "config.yaml", to_yaml(self.config, header("A run")))
+
+    def check_record(self, folder: Path) -> None:
+        """Raise RunError when the data are not those that the run was started on."""
+        stored = json.loads((folder / "environment.json").read_text())
+        if stored["data"]["sha256"] != self.data_record()["sha256"]:
+            what = self.what_changed(folder / "data_manifest.txt.gz")
+            raise RunError(
+                f"The training data are not those that {folder} was started on: {what}. Bring them back, or start "
+                f"a new run (--init-from {folder} takes its weights)."
+            )
+        before, now = stored["torch_threads"], torch.get_num_threads()
+        if before != now:
+            self.say(f"{now} threads now, {before} when the run began: equal to rounding, not to the bit.")
+
+    def train(self, folder: Path, state: dict[str, Any] | None = None) -> Trained:
+        """Train in `folder` from the start, or from a checkpoint's state."""
+        config, fabric, plan = self.config, self.fabric, self.plan
+        start = 0 if state is None else int(state["step"])
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+        if config.training.compile:
+            compile_layers(self.model)
+        model = fabric.setup_module(self.model)
+        optimizer: Any = fabric.setup_optimizers(make_optimizer(self.model, config.training))
+        meters = Meters.zeros(fabric.device)
+        self.start_extras(state)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            meters.load(state["meters"])
+        watch = self.watch(folder)
+        quiet = self.console.quiet or not fabric.is_global_zero
+        progress = TrainingProgress(plan.total_steps, done=start, quiet=quiet, console=self.console)
+        recorder = RunFolder(
+            folder, images=plan.length, max_bad_fraction=config.data.max_bad_fraction, progress=progress,
+            keep_checkpoints=config.training.keep_checkpoints, start_step=start, rank=fabric.global_rank,
+            columns=self.columns,
+        )  # fmt: skip
+        if state is None:  # so that a run can be resumed from its first moment
+            recorder.save(0, run_state(model, optimizer, meters, plan, 0) | self.extra_state())
+        with StopRequest() as stop, progress:
+            done = train(
+                fabric, model, optimizer, self._batches(start), self.loss(), plan, self._intervals(), recorder,
+                start_step=start, meters=meters, stop_asked=stop, update=self.updater(), extra_state=self.extra_state,
+                evaluate=watch if fabric.is_global_zero else lambda done: {},
+            )  # fmt: skip
+        if done < plan.total_steps:
+            return self._stopped(folder, done, stop.received)
+        self.finish(folder)
+        return Trained(folder, done, finished=True)
+
+    def go_on(self, folder: Path) -> Trained:
+        """Continue a run whose configuration is this one's, or finish it where only the export is missing."""
+        self.check_record(folder)
+        _, state = newest_checkpoint(folder / "checkpoints", self.say)
+        step, total = int(state["step"]), self.plan.total_steps
+        if step < total:
+            self.say(f"continuing {folder} after step {step} of {total}")
+            return self.train(folder, state)
+        self.say(f"{folder} is trained: {step} steps.")
+        if not (folder / "exported").is_dir():  # it was killed between the last step and the export
+            self.model.load_state_dict(state["model"])
+            self.start_extras(state)
+            self.finish(folder)
+        return Trained(folder, step, finished=True)
+
+    def _stopped(self, folder: Path, done: int, received: int) -> Trained:
+        self.say(f"stopped after step {done} of {self.plan.total_steps}; everything is saved. Continue with:")
+        function = self.verb.replace("-", "_")
+        again = f'nextblock.{function}(resume="{folder}", data={{"train": ...}})  # in Python'
+        self.say(f"  {again if self.in_memory else f'nextblock {self.verb} --resume {folder}'}")
+        number = received or signal.SIGTERM if self.fabric.is_global_zero else 0
+        return Trained(folder, done, finished=False, signal=number)
+
+    def _batches(self, start: int) -> Iterator[Any]:
+        data, fabric = self.config.data, self.fabric
+        workers = default_workers(fabric.world_size // self.config.training.nodes) if data.workers < 0 else data.workers
+        return training_batches(
+            self.stream, self.plan.batches(start), workers=workers, pin_memory=fabric.device.type == "cuda",
+            timeout_s=data.timeout_s,
+        )  # fmt: skip
+
+    def _intervals(self) -> Intervals:
+        training, plan = self.config.training, self.plan
+        every = self.config.watch.every_epochs
+        looks = round(every * plan.steps_per_epoch) if every else plan.total_steps // 10
+        return Intervals(
+            log=plan.log_every,
+            evaluate=max(1, looks),
+            checkpoint=training.checkpoint_every_steps,
+            checkpoint_minutes=training.checkpoint_every_minutes,
+        )
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each transformer layer in place: one compilation serves all layers of the same sizes."""
+    for module in model.modules():
+        if isinstance(module, TransformerLayer | XARLayer):
+            module.compile()
