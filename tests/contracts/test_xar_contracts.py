@@ -69,6 +69,14 @@ def test_forward_backward_and_one_sample(name: str, context: str) -> None:
     assert made.isfinite().all()
 
 
+def test_latents_of_512_px() -> None:
+    model = make("cells", latent_size=32, entity_size=16)
+    latents, labels, times, noise = inputs(model, batch=1)
+    assert model.ordering.entity_sizes == (256,) * 4
+    assert model.loss(latents, labels, times=times, noise=noise) > 0
+    assert sample_latents(model, labels, steps=1).shape == latents.shape
+
+
 @pytest.mark.parametrize("name", [name for name in ENTITIES if name != "whole"])
 def test_no_entity_sees_a_later_one(name: str) -> None:
     model = make(name)

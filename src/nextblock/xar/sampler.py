@@ -146,7 +146,7 @@ class _Run:
         if found is None or tuple(found.shape) != (self.batch, *shape):
             what = "there are no more" if found is None else f"got {list(found.shape)}"
             raise ConfigError(f"draw {i} of entity {entity} must be {[self.batch, *shape]}; {what}.")
-        return found
+        return torch.as_tensor(found)
 
     def sample(
         self,
