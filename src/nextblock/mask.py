@@ -46,7 +46,8 @@ def block_causal_mask(entity: Tensor, keys: Tensor | None = None) -> Tensor:
 def teacher_forcing_mask(entity: Tensor) -> Tensor:
     """The mask of the doubled sequence [clean ; noisy]: [N] int64 -> [2N, 2N] bool, True = may attend.
 
-    A noisy entity never sees its own clean version, so its loss cannot be met by copying.
+    A noisy entity never sees its own clean version, so its loss cannot be met by copying. The clean version of the last
+    entity is seen by nobody else: its rows and columns can be left out.
     """
     same = entity[:, None] == entity[None, :]
     causal = block_causal_mask(entity)

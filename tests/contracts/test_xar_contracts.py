@@ -11,6 +11,7 @@ from torch import Tensor
 from close import assert_close
 from nextblock.errors import ConfigError
 from nextblock.layers.patches import patchify, unpatchify
+from nextblock.randomness import normals
 from nextblock.xar.config import PRESETS, XARConfig
 from nextblock.xar.model import XAR
 from nextblock.xar.objective import draw_times
@@ -104,11 +105,12 @@ def test_teacher_forcing_hides_an_entity_from_itself(name: str) -> None:
     run = model._run
     model._run = lambda x, *rest: seen.append(run(x, *rest)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
     model.loss(latents, labels, times=times, noise=noise)
-    length = tokens.shape[1]
-    clean, whole = tokens.clone().requires_grad_(), model._doubled()
+    length = model.entity_range(model.ordering.num_entities - 1).start  # the last clean entity is seen by nobody
+    clean, whole = tokens[:, :length].clone().requires_grad_(), model._doubled()
     t = times[:, model.entity, None].double()
     x = ((1 - t) * tokens + t * noise).requires_grad_()
-    out = run(torch.cat((clean, x), 1), torch.cat((torch.zeros_like(times), times), 1), labels, whole, model.mask)
+    both = torch.cat((torch.zeros_like(times[:, 1:]), times), 1)
+    out = run(torch.cat((clean, x), 1), both, labels, whole, model.mask)
     assert torch.equal(out, seen[0])  # the sequence that the loss runs is this one
     for entity in range(model.ordering.num_entities):
         where = model.entity_range(entity)
@@ -128,8 +130,8 @@ def test_a_clean_context_model_samples_what_its_loss_saw() -> None:
     tokens = patchify(latents, model.config.patch, model.ordering)
     t = times[:, model.entity, None].double()
     x = (1 - t) * tokens + t * noise
-    both = torch.cat((torch.zeros_like(times), times), 1)
-    out = model._run(torch.cat((tokens, x), 1), both, labels, model._doubled(), model.mask)[:, tokens.shape[1] :]
+    both, clean = torch.cat((torch.zeros_like(times[:, 1:]), times), 1), tokens[:, : -tokens.shape[1] // 6]
+    out = model._run(torch.cat((clean, x), 1), both, labels, model._doubled(), model.mask)[:, clean.shape[1] :]
     cache = model.new_cache()
     for entity in range(model.ordering.num_entities):
         where = model.entity_range(entity)
@@ -141,17 +143,21 @@ def test_a_clean_context_model_samples_what_its_loss_saw() -> None:
 
 
 @pytest.mark.parametrize("name", ENTITIES)
-def test_cached_sampling_is_uncached_sampling(name: str) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "low", "high"), [("linear", 0.0, 1.0), ("linear", 0.5, 0.8), ("constant", 0.5, 0.8)]
+)
+def test_cached_sampling_is_uncached_sampling(name: str, schedule: str, low: float, high: float) -> None:
     model = make(name)
     labels, steps, scale = torch.tensor([1, 3]), 3, 2.0
-    found = sample_latents(model, labels, steps=steps, solver="euler", guidance=scale, seed=7)
+    found = sample_latents(
+        model, labels, steps=steps, solver="euler", guidance=scale, guidance_schedule=schedule, seed=7,
+        guidance_interval=(low, high),
+    )  # fmt: skip
     done = found.new_zeros(2, 0, model.config.token_channels).double()
-    from nextblock.randomness import normals
-
     entities = model.ordering.num_entities
     for entity in range(entities):
         where = model.entity_range(entity)
-        g = 1 + (scale - 1) * entity / (entities - 1) if entities > 1 else scale
+        ramp = 1 + (scale - 1) * entity / (entities - 1) if entities > 1 and schedule == "linear" else scale
         shape = (where.stop - where.start, model.config.token_channels)
         x = normals(7, f"sample/entity{entity}/draw0", range(2), shape).double()
         for step in range(steps):
@@ -161,6 +167,7 @@ def test_cached_sampling_is_uncached_sampling(name: str) -> None:
                 model.velocities(torch.cat((done, x), 1), times, which)[:, where]
                 for which in (labels, torch.full_like(labels, model.null_label))
             ]
+            g = ramp if low <= times[0, -1] <= high else 1.0
             x = x - (both[1] + g * (both[0] - both[1])) / steps
         done = torch.cat((done, x), 1)
     assert_close(found.double(), unpatchify(done, model.config.patch, model.ordering), 1e-6)
@@ -229,7 +236,7 @@ def test_watching_shows_the_entities_appear() -> None:
     for name in ("cells", "scales of pixels in patches"):
         model = make(name)
         seen: list[tuple[int, int, Tensor]] = []
-        watch = lambda e, s, x, seen=seen: seen.append((e, s, x.clone()))  # noqa: E731
+        watch = lambda e, s, picture, seen=seen: seen.append((e, s, picture()))  # noqa: E731
         made = sample_latents(model, torch.tensor([1]), steps=2, solver="euler", watch=watch)
         assert [(e, s) for e, s, _ in seen] == [(e, s) for e in range(model.ordering.num_entities) for s in range(2)]
         assert all(x.shape == made.shape for _, _, x in seen)
@@ -354,12 +361,22 @@ def test_calls_that_cannot_work_are_told() -> None:
         ({"time_grid": "log"}, "time grid"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
         ({"indices": [1]}, "indices"),
+        ({"indices": [-1, 0]}, "from 0"),
+        ({"guidance": float("nan")}, "finite"),
+        ({"guidance_interval": (0.1,)}, "guidance_interval"),
+        ({"time_grid": [1, float("nan"), 0]}, "fall from 1"),
+        ({"count": 3}, "without classes"),
         ({"draws": [noise]}, "draw 0 of entity 0"),
     ):
         with pytest.raises(ConfigError, match=told):
             sample_latents(model, labels, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="0 to 4"):
         sample_latents(model, torch.tensor([0, 6]))
+    with pytest.raises(ConfigError, match="whole numbers"):
+        sample_latents(model, torch.tensor([0.5, 1.0]))
+    for wrong in (-1, 6):
+        with pytest.raises(ConfigError, match="0 to 4"):
+            model.loss(latents, torch.tensor([0, wrong]))
 
 
 def test_a_configuration_survives_a_file() -> None:
@@ -381,3 +398,30 @@ def test_mixed_precision(name: str, context: str) -> None:
     assert_close(mixed, loss, 2e-2)
     mixed.backward()
     assert made.isfinite().all()
+
+
+def test_sampling_drops_nothing_and_leaves_the_mode_as_it_was() -> None:
+    model = make("cells", dropout=0.5, attention_dropout=0.5, label_dropout=0.5)
+    labels = torch.tensor([1, 2])
+    quiet = sample_latents(model, labels, steps=2)
+    assert torch.equal(sample_latents(model.train(), labels, steps=2), quiet)
+    assert model.training
+
+
+def test_a_model_cast_to_bf16_knows_its_times() -> None:
+    model = make("cells").float()
+    times = torch.linspace(0, 0.999, 50)
+    exact = model.time_embedding(times)
+    cast = model.bfloat16().time_embedding(times).float()
+    assert_close(cast, exact, 2e-2)
+
+
+def test_the_last_clean_entity_is_left_out_of_teacher_forcing() -> None:
+    lengths = []
+    for name in ("cells", "whole", "scales"):
+        model = make(name, context="clean")
+        latents, labels, times, noise = inputs(model)
+        run = model._run
+        model._run = lambda x, *rest, run=run: lengths.append(x.shape[1]) or run(x, *rest)  # type: ignore[method-assign, misc]
+        model.loss(latents, labels, times=times, noise=noise)
+    assert lengths == [24 + 20, 24, 33 + 9]

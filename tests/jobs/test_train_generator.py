@@ -12,13 +12,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from nextblock.checkpoints.pretrained import load_pretrained
+from nextblock.checkpoints.pretrained import load_pretrained, save_pretrained
+from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import open_source
 from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs.embed import embed
 from nextblock.jobs.generator_data import PixelData
 from nextblock.jobs.opening_generator import OpenedGenerator, open_generator
 from nextblock.jobs.pretrain import pretrain
+from nextblock.jobs.starting import absolute
 from nextblock.jobs.train_generator import train_generator
 from nextblock.recipes.generator import typed_generator
 from nextblock.training.run_folder import read_metrics
@@ -370,3 +372,31 @@ def test_python_sources_must_be_given_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--data\.train"):
         train_generator(resume=tmp_path / "run", quiet=True)
     assert train_generator(resume=tmp_path / "run", data={"train": Mine()}, quiet=True).finished  # type: ignore[union-attr]
+
+
+def test_a_printed_recipe_leaves_open_what_only_the_images_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    train_generator(config="xar_digits", print_config=True)
+    assert "num_classes" not in yaml.safe_load(capsys.readouterr().out)["model"]
+    train_generator(config="xar_digits", model={"num_classes": 3}, print_config=True)
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["num_classes"] == 3
+
+
+def test_the_name_of_a_benchmark_data_set_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="name of a benchmark data set"):
+        start(tmp_path / "run", "cifar10")
+
+
+def test_weights_that_do_not_say_what_decodes_them(tmp_path: Path) -> None:
+    model = XAR(typed_generator(tiny()).model)
+    save_pretrained(tmp_path / "weights", model, Preprocessing((8, 8)).to_dict(), "a card")
+    with pytest.raises(CheckpointError, match="what decodes these latents"):
+        open_generator(tmp_path / "weights")
+
+
+def test_a_vae_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae.ckpt").touch()
+    config = absolute(typed_generator(tiny(watch={"vae": "vae.ckpt"}, data={"train": "images"})))
+    assert config.watch.vae == str(tmp_path / "vae.ckpt")
+    assert config.data.train == str(tmp_path / "images")
+    assert absolute(typed_generator(tiny(watch={"vae": "owner/name"}))).watch.vae == "owner/name"

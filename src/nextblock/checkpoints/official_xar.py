@@ -49,14 +49,15 @@ def xar_table(depth: int) -> list[tuple[str, str | None, Change | None]]:
 
 
 def load_official_xar(path: str | Path, config: XARConfig) -> XAR:
-    """An xAR model with the weights of an official checkpoint.
+    """An xAR model with the weights of an official checkpoint, in eval mode.
 
     Args:
         path: a bare state dict, or what the official training writes; of that, the averaged weights.
-        config: the sizes; tensors do not show the number of heads. The official code knows cells only.
+        config: the sizes; tensors do not show the number of heads, nor the ordering, which is cells of 8 in every
+            official file.
 
     Raises:
-        ConfigError: an ordering that the official code does not have.
+        ConfigError: for ordering "scales", whose position embeddings are others than those of a partition.
         CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape; the
             message lists them.
     """
@@ -65,4 +66,4 @@ def load_official_xar(path: str | Path, config: XARConfig) -> XAR:
     model = XAR(config)
     tensors = read_tensors(path, wrappers=("model_ema", "model", "state_dict"))
     load_by_table(model, tensors, xar_table(config.depth), config, path)
-    return model
+    return model.eval()

@@ -112,8 +112,8 @@ class GeneratorRun(TrainingRun):
             if config.num_classes:
                 labels = batch.labels
                 lots = uniforms(seed, "label drop", batch.positions.numpy(), 1)[:, 0]
-                dropped = torch.from_numpy(lots < config.label_dropout).to(latents.device, non_blocking=True)
-            times, noise = (each.to(latents.device, non_blocking=True) for each in drawn)
+                dropped = _moved(torch.from_numpy(lots < config.label_dropout), latents.device)
+            times, noise = (_moved(each, latents.device) for each in drawn)
             loss: Tensor = model(latents, labels, times, noise, dropped)
             return loss
 
@@ -144,3 +144,8 @@ class GeneratorRun(TrainingRun):
         card = generator_card(self.config, folder, self.data, weights, self.plan)
         about = {"generator": self.about | {"weights": weights}}
         save_pretrained(folder / name, self.model, self.data.preprocessing.to_dict(), card, about)
+
+
+def _moved(drawn: Tensor, device: torch.device) -> Tensor:
+    """On the device; from page-locked memory, as otherwise the host would wait for the copy."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn

@@ -15,6 +15,7 @@ from nextblock.evaluation.inference import device_of, inference
 from nextblock.figures.samples import contact_sheet
 from nextblock.jobs.generator_data import drawn_for
 from nextblock.jobs.opening_generator import open_decoder
+from nextblock.jobs.sample_images import DECODED_AT_ONCE
 from nextblock.vae import Autoencoder, Pixels
 from nextblock.xar.sampler import sample_latents
 
@@ -32,6 +33,7 @@ class GeneratorWatch:
 
     def __init__(self, run: GeneratorRun, folder: Path) -> None:
         self.run, self.folder, self.config = run, folder, run.config.watch
+        self.bf16 = run.config.training.precision != "fp32"
         self.told: set[str] = set()
         self.decoder: Autoencoder | Pixels | None = None
 
@@ -68,7 +70,7 @@ class GeneratorWatch:
             batch = val.stream.load(range(start, min(count, start + BATCH))).to(device)
             times, noise = drawn_for(run.config.model, seed, batch.positions.numpy(), "validation ")
             labels = batch.labels if run.config.model.num_classes else None
-            with inference(run.model):
+            with inference(run.model, bf16=self.bf16):
                 loss = run.model.loss(
                     val.latents(batch),
                     labels,
@@ -86,12 +88,13 @@ class GeneratorWatch:
         chosen = _in_turn(config.pictures, len(classes))
         labels = torch.tensor(chosen, device=device) if classes else None
         # One entity after the other has ever other shapes, for each of which compiled layers would be compiled anew.
-        with inference(run.model), torch.compiler.set_stance("force_eager"):
+        with inference(run.model, bf16=self.bf16), torch.compiler.set_stance("force_eager"):
             latents = sample_latents(
                 run.model, labels, count=None if classes else config.pictures, steps=config.steps, solver=config.solver,
                 guidance=config.guidance if classes else 1.0, seed=run.config.training.seed,
             )  # fmt: skip
-            images = self.decoder.decode(latents)
+        with torch.no_grad():
+            images = torch.cat([self.decoder.decode(part) for part in torch.split(latents, DECODED_AT_ONCE)])
         contact_sheet(
             denormalize(images, run.data.preprocessing).cpu().numpy(),
             [classes[number] for number in chosen] if classes else [], path,

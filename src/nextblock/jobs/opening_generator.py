@@ -103,6 +103,12 @@ def _open(path: Path, weights: Weights) -> tuple[XAR, Preprocessing, Path, dict[
     if exported is None:
         return _of_checkpoint(path, weights)
     about = read_about(exported)
+    if about.get("model_type") == "xar" and "generator" not in about:
+        raise CheckpointError(
+            f"{exported}/config.json does not say what decodes these latents. Save such weights with "
+            f'save_pretrained(..., about={{"generator": {{"vae": open_vae(...).identity(), "classes": [...], '
+            f'"image_size_px": [...], "channels": 3, "weights": "raw"}}}}).'
+        )
     _require_generator(path, {"xar": "train-generator", "xtra": "pretrain"}.get(about.get("model_type", ""), "probe"))
     if weights == "raw" and about["generator"]["weights"] != "raw":
         exported = exported.with_name("exported_raw")

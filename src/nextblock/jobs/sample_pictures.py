@@ -48,9 +48,9 @@ class Frames:
         self._seen = 0
         self.kept: list[tuple[int, Tensor]] = []
 
-    def __call__(self, entity: int, step: int, latents: Tensor) -> None:
+    def __call__(self, entity: int, step: int, picture: Callable[[], Tensor]) -> None:
         if self._seen % self._every == 0:
-            self.kept.append((entity, latents[: self.images].float().cpu()))
+            self.kept.append((entity, picture()[: self.images].float().cpu()))
         self._seen += 1
 
     def draw(self, path: Path, finished: NDArray[np.uint8], ordering: AnyOrdering, decode: Decode) -> Path:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,14 @@ class SampleRun:
             frames = Frames(min(animated, len(numbers)), steps)
         done = 0
 
-        def watch(entity: int, step: int, latents: Tensor) -> None:
+        def watch(entity: int, step: int, picture: Callable[[], Tensor]) -> None:
             nonlocal done
             if stop():
                 raise _StopAsked
             done += 1
             progress.within(len(missing) * done / steps)
             if frames:
-                frames(entity, step, latents)
+                frames(entity, step, picture)
 
         images = self.maker.images(numbers, watch)
         for number in missing:

@@ -84,4 +84,8 @@ def absolute(config: Any) -> Any:
         return path if path is None or path.startswith("hf:") else os.path.abspath(os.path.expanduser(path))
 
     data = dataclasses.replace(config.data, train=everywhere(config.data.train), val=everywhere(config.data.val))
-    return dataclasses.replace(config, data=data)
+    changed: dict[str, Any] = {"data": data}
+    vae = getattr(config.watch, "vae", None)
+    if vae is not None and os.path.exists(os.path.expanduser(vae)):  # otherwise a name on the hub
+        changed["watch"] = dataclasses.replace(config.watch, vae=everywhere(vae))
+    return dataclasses.replace(config, **changed)

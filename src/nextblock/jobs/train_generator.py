@@ -78,7 +78,8 @@ def train_generator(
     train = open_material(_data_of(values), "train", objects)
     settings = typed_generator(values if train is None else fitted(values, train))
     if print_config:
-        print(to_yaml(settings), end="")
+        open_ends = () if train or "num_classes" in values.get("model", {}) else ("model.num_classes",)
+        print(to_yaml(settings, leave_out=open_ends), end="")
         return None
     run = _run(absolute(settings), train, objects, console)
     if "num_classes" not in values.get("model", {}):

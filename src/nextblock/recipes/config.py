@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from nextblock.data.augment import CropConfig
+from nextblock.data.named import is_named
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import Source, open_source
 from nextblock.errors import ConfigError, in_plain_words, nearest
@@ -60,6 +61,11 @@ class SourceConfig:
         spec, split = objects.get(name, getattr(self, name)), getattr(self, f"{name}_split")
         if spec is None:
             return None
+        if isinstance(spec, str) and is_named(spec) and not Path(spec).exists():
+            raise ConfigError(
+                f"'{spec}' is the name of a benchmark data set; here give the folder or files of its images "
+                f"(`nextblock datasets` tells where they are)."
+            )
         return open_source(spec, split=split, image_column=self.image_column, label_column=self.label_column)
 
 
@@ -307,9 +313,13 @@ def to_values(config: Any) -> dict[str, Any]:
     return {section: {k: plain(v) for k, v in content.items()} for section, content in sections.items()}
 
 
-def to_yaml(config: Any, header: str = "") -> str:
+def to_yaml(config: Any, header: str = "", leave_out: Iterable[str] = ()) -> str:
+    """A configuration as a recipe under a comment, without the keys `leave_out` ("section.key")."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.safe_dump(to_values(config), sort_keys=False)
+    values = to_values(config)
+    for section, _, key in (name.partition(".") for name in leave_out):
+        del values[section][key]
+    return comment + yaml.safe_dump(values, sort_keys=False)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

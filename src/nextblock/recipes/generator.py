@@ -41,7 +41,8 @@ class GeneratorDataConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class GeneratorTraining(TrainingConfig):
-    """How a generator trains; the defaults that differ are xAR's (arXiv 2502.20388, appendix).
+    """How a generator trains. The defaults that differ are xAR's (arXiv 2502.20388, Table 6); the decay of the average
+    is the official code's.
 
     Attributes:
         ema_decay: of the average of the weights, which is what is sampled from; 0 = the last weights.

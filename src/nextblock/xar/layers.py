@@ -40,13 +40,12 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(SINUSOID, width)
         self.fc2 = nn.Linear(width, width)
-        self.frequencies: Tensor
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(SINUSOID // 2) / (SINUSOID // 2))
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, times: Tensor) -> Tensor:
         whole = (times.float() * TIME_STEPS).long()
-        angles = whole[..., None].float() * self.frequencies.float()
+        half = SINUSOID // 2  # not a buffer: a model cast to bf16 would round it, and angles reach 999 times as far
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=times.device) / half)
+        angles = whole[..., None].float() * frequencies
         waves = torch.cat((angles.cos(), angles.sin()), -1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(waves)))
 

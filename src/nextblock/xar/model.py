@@ -88,7 +88,7 @@ class XAR(nn.Module):
             "entity": entity,
             "cos": cos,
             "sin": sin,
-            "mask": teacher_forcing_mask(entity) if doubled else block_causal_mask(entity),
+            "mask": self._doubled_mask() if doubled else block_causal_mask(entity),
         }
         for name, value in made.items():
             self.register_buffer(name, value, persistent=False)
@@ -139,9 +139,10 @@ class XAR(nn.Module):
         labels = self._labels(labels, len(latents), dropped)
         x = noisy(tokens, noise, t)
         if config.context == "clean":
-            both, clean = torch.cat((tokens, x), 1), torch.zeros_like(times)
-            predicted = self._run(both, torch.cat((clean, times), 1), labels, self._doubled(), self.mask)
-            predicted = predicted[:, tokens.shape[1] :]
+            clean = self.entity_range(self.ordering.num_entities - 1).start
+            both = torch.cat((tokens[:, :clean], x), 1)
+            doubled_times = torch.cat((torch.zeros_like(times[:, 1:]), times), 1)
+            predicted = self._run(both, doubled_times, labels, self._doubled(), self.mask)[:, clean:]
         else:
             entities = self.ordering.num_entities
             mask = self.mask if entities > 1 else None
@@ -203,11 +204,18 @@ class XAR(nn.Module):
         return where, steering, (self.cos[where], self.sin[where], self.sequence[where])
 
     def _doubled(self) -> tuple[slice, Steering, tuple[Tensor, ...]]:
-        """The same for the clean sequence followed by the noisy one."""
-        entities, sizes = self.ordering.num_entities, self.ordering.entity_sizes
-        steering = Steering(torch.cat((self.entity, self.entity + entities)), sizes + sizes)
-        twice = tuple(torch.cat((x, x)) for x in (self.cos, self.sin, self.sequence))
-        return slice(0, 2 * len(self.entity)), steering, twice
+        """The same for the clean sequence, without its last entity, followed by the noisy one."""
+        sizes, last = self.ordering.entity_sizes, self.ordering.num_entities - 1
+        clean = self.entity_range(last).start
+        steering = Steering(torch.cat((self.entity[:clean], self.entity + last)), sizes[:-1] + sizes)
+        twice = tuple(torch.cat((x[:clean], x)) for x in (self.cos, self.sin, self.sequence))
+        return slice(0, clean + len(self.entity)), steering, twice
+
+    def _doubled_mask(self) -> Tensor:
+        """Teacher forcing without the clean version of the last entity, which nobody else sees."""
+        entity = self.ordering.entity
+        seen = torch.cat((entity < entity[-1], torch.ones_like(entity, dtype=torch.bool)))
+        return teacher_forcing_mask(entity)[seen][:, seen]
 
     def _run(
         self,
@@ -240,6 +248,11 @@ class XAR(nn.Module):
             raise ConfigError(f"this model knows {self.config.num_classes} classes and needs labels.")
         if tuple(labels.shape) != (batch,):
             raise ConfigError(f"labels must be [{batch}], one for each image; got {list(labels.shape)}.")
+        if labels.device.type == "cpu" and not ((labels >= 0) & (labels <= self.null_label)).all():
+            raise ConfigError(  # on another device the look would make the host wait
+                f"labels must be 0 to {self.null_label - 1} (or {self.null_label} for no class); got "
+                f"{int(labels.min())} to {int(labels.max())}."
+            )
         rate = self.config.label_dropout
         if dropped is None and self.training and rate:
             dropped = torch.rand(batch, device=device) < rate

@@ -7,6 +7,7 @@ newest entity may see everything, so no mask is needed.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from nextblock.xar.solvers import solver_named, time_grid
 SCHEDULES = ("linear", "constant")
 
 Draws = Sequence[Tensor] | torch.Generator | None
-Watch = Callable[[int, int, Tensor], None]
+Watch = Callable[[int, int, Callable[[], Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ class Guidance:
 
     scale: float = 1.0
     schedule: str = "linear"
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: Sequence[float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             hint = nearest(self.schedule, SCHEDULES)
             raise ConfigError(f"guidance_schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}.{hint}")
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"guidance must be a finite number; got {self.scale!r}.")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ConfigError(f"guidance_interval must be (low, high) inside 0..1; got {self.interval!r}.")
 
     def of(self, entity: int, entities: int) -> float:
@@ -66,7 +68,7 @@ def sample_latents(
     solver: str = "euler_maruyama",
     guidance: float = 1.0,
     guidance_schedule: str = "linear",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_interval: Sequence[float] = (0.0, 1.0),
     time_grid: str | Sequence[float] = "auto",
     draws: Draws = None,
     seed: int = 0,
@@ -77,7 +79,7 @@ def sample_latents(
     state_dtype: torch.dtype = torch.float64,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Sample latents: [B, C, H, W] float32, on the model's device. The model should be in eval mode.
+    """Sample latents: [B, C, H, W] float32, on the model's device. Nothing is dropped, whatever mode the model is in.
 
     Args:
         model: a trained generator.
@@ -96,16 +98,21 @@ def sample_latents(
             the order cannot condition earlier ones, so only the first ones can be given.
         num_known: see `known`.
         state_dtype: of the solver's state; the model runs in its own precision.
-        watch: called as (entity, step, latents) after every step; entities not begun are zeros, and of a pyramid the
-            present scale is shown enlarged.
+        watch: called as (entity, step, picture) after every step; picture() gives the latents so far, [B, C, H, W]:
+            entities not begun are zeros, and of a pyramid the present scale is shown enlarged.
 
     Raises ConfigError for what cannot work: guidance without classes, labels out of range, unknown names.
     """
-    low, high = guidance_interval
-    run = _Run(model, Guidance(guidance, guidance_schedule, (low, high)), labels, count, state_dtype)
+    run = _Run(model, Guidance(guidance, guidance_schedule, guidance_interval), labels, count, state_dtype)
     run.watch = watch
     run.set_draws(draws, seed, indices)
-    return run.sample(steps, solver, time_grid, known, num_known)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return run.sample(steps, solver, time_grid, known, num_known)
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _Run:
@@ -125,8 +132,8 @@ class _Run:
 
     def set_draws(self, draws: Draws, seed: int, indices: Sequence[int] | Tensor | None) -> None:
         places = range(self.batch) if indices is None else [int(i) for i in indices]
-        if len(places) != self.batch:
-            raise ConfigError(f"indices must number the {self.batch} images; got {len(places)}.")
+        if len(places) != self.batch or min(places) < 0:
+            raise ConfigError(f"indices must number the {self.batch} images, from 0; got {list(places)[:8]}.")
         self._given: Iterator[Tensor] | None = None
         self._draw: Callable[[int, int, tuple[int, int]], Tensor]
         if isinstance(draws, torch.Generator):
@@ -180,7 +187,7 @@ class _Run:
 
         def seen(step: int, x: Tensor) -> None:
             if self.watch:
-                self.watch(entity, step, self._picture(x))
+                self.watch(entity, step, lambda: self._picture(x))
 
         return solve(lambda x, t: self._velocity(entity, x, t), noise(), times, noise, seen)
 
@@ -249,9 +256,14 @@ def _checked_labels(model: XAR, labels: Tensor | None, count: int | None, scale:
         return None, count
     if labels is None:
         raise ConfigError(f"this model knows {classes} classes and needs labels.")
-    labels = torch.as_tensor(labels, dtype=torch.int64, device=model.position1.device)
-    if labels.ndim != 1 or not len(labels):
-        raise ConfigError(f"labels must be [B], one for each image; got {list(labels.shape)}.")
+    labels = torch.as_tensor(labels, device=model.position1.device)
+    if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
+        raise ConfigError(
+            f"labels must be whole numbers [B], one for each image; got {labels.dtype} {list(labels.shape)}."
+        )
+    labels = labels.long()
+    if count not in (None, len(labels)):
+        raise ConfigError(f"count is for models without classes; got {count} beside {len(labels)} labels.")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > classes:
         raise ConfigError(f"labels must be 0 to {classes - 1} (or {classes} for no class); got {low} to {high}.")

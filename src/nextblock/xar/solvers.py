@@ -101,7 +101,7 @@ def time_grid(grid: str | Sequence[float], steps: int, solver: str) -> list[floa
     """
     if not isinstance(grid, str):
         times = [float(t) for t in grid]
-        if len(times) < 2 or times[-1] != 0 or times[0] != 1 or any(a <= b for a, b in pairwise(times)):
+        if len(times) < 2 or times[-1] != 0 or times[0] != 1 or not all(a > b for a, b in pairwise(times)):
             raise ConfigError(f"times must fall from 1 to 0; got {times}.")
         return times
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
