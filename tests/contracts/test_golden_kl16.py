@@ -108,6 +108,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         load_official_kl16(path)
     told = str(error.value)
+    assert told.startswith(f"{path} is not a KL-16 autoencoder in the official layout.\n")
     assert "missing (1): decoder.up.3.block.1.conv1.bias" in told
     assert "unexpected (1): encoder.extra.weight" in told
     assert "misshaped (1): quant_conv.bias (7,), expected (32,)" in told

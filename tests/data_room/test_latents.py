@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -129,17 +130,54 @@ def test_a_lost_shard_is_named(folder: Path) -> None:
 
 def test_changed_bytes_are_noticed_when_they_are_read(folder: Path) -> None:
     path = folder / "shard-00001.safetensors"
-    content = bytearray(path.read_bytes())
-    length = int.from_bytes(content[:8], "little")
-    start = json.loads(content[8 : 8 + length])["moments"]["data_offsets"][0]
-    content[8 + length + start + 1] ^= 4  # image 0 of this shard, not mirrored
-    path.write_bytes(content)
+    flip_bit(path, tensor_start(path.read_bytes(), "moments") + 1, 4)  # image 0 of this shard, not mirrored
     cache = open_latents(folder)
     cache.moments([5, 6], [True, False])
     with pytest.raises(DataError, match=r"shard-00001.*image 0 of it is not what was written"):
         cache.moments([5], [False])
     with pytest.raises(DataError, match=r"shard-00001.*SHA-256"):
         cache.verify()
+
+
+def tensor_start(content: bytes, name: str) -> int:
+    """Where the numbers of a tensor begin in a safetensors file."""
+    length = int.from_bytes(content[:8], "little")
+    return 8 + length + int(json.loads(content[8 : 8 + length])[name]["data_offsets"][0])
+
+
+def flip_bit(path: Path, place: int, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("tensor", ["labels", "names", "ends", "checks"])
+def test_all_but_the_moments_is_checked_when_the_cache_is_opened(folder: Path, tensor: str) -> None:
+    path = folder / "shard-00001.safetensors"
+    flip_bit(path, tensor_start(path.read_bytes(), tensor))
+    told = rf"shard-00001.*labels, names or checks of it are not what was written.*cache-latents --resume {folder}"
+    with pytest.raises(DataError, match=told):
+        open_latents(folder)
+
+
+@pytest.mark.parametrize("word", [b'"labels"', b'"shape"', b'"I64"', b"[0,24]", b"{"])
+def test_a_damaged_header_is_told(folder: Path, word: bytes) -> None:
+    path = folder / "shard-00001.safetensors"
+    content = path.read_bytes()
+    assert word in content
+    flip_bit(path, content.index(word) + len(word) // 2)
+    with pytest.raises(DataError, match=rf"shard-00001.* is damaged.*cache-latents --resume {folder}"):
+        open_latents(folder)
+
+
+@pytest.mark.parametrize(("classes", "label"), [(["cat"], 1), (["cat", "dog"], 2), (["cat", "dog"], -2), (None, -2)])
+def test_labels_lie_within_the_classes(folder: Path, classes: list[str] | None, label: int) -> None:
+    labels, about = np.array([0, label, -1], dtype=np.int64), About.read(folder)
+    moments = np.zeros((3, 2, *SHAPE), dtype=np.float16)
+    shards = {0: write_shard(folder, 0, moments, labels, ["a", "b", "c"], [])}
+    dataclasses.replace(about, classes=classes, shards=shards).write(folder)
+    with pytest.raises(DataError, match=rf"shard-00000.*b has the label {label}"):
+        open_latents(folder)
 
 
 def test_verify_passes_over_all_shards(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from close import assert_close
 from nextblock.data.loading import evaluation_batches
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import open_source
+from nextblock.data.stream import Batch
 from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation.extractors import EncoderFeatures, InceptionFile, PixelFeatures, extract_to, metric_name
 from nextblock.evaluation.features import FeatureConfig, extract
@@ -134,6 +137,41 @@ def test_a_pass_over_a_set_is_written_to_mapped_files(tmp_path: Path) -> None:
     assert_close(found.probabilities, extractor.probabilities(images), 1e-5)
     assert (len(found.features), len(found.bad), found.resized) == (7, 1, 7)
     assert extract_to(tmp_path, "again", extractor, batches, len(source)).probabilities is None
+
+
+def test_a_pass_holds_a_few_batches_whatever_the_set(tmp_path: Path) -> None:
+    """Of 40 batches as of 10: no images and no features are kept in memory."""
+
+    class Counted(PixelFeatures):
+        def features(self, images: Tensor) -> Tensor:
+            return counted(super().features(images))
+
+    now, most = 0, 0
+
+    def counted(tensor: Tensor) -> Tensor:
+        nonlocal now, most
+        now += len(tensor)
+        most = max(most, now)
+        weakref.finalize(tensor, released, len(tensor))
+        return tensor
+
+    def released(count: int) -> None:
+        nonlocal now
+        now -= count
+
+    def batches(count: int) -> Iterator[Batch]:
+        numbers = torch.arange(5)
+        for _ in range(count):
+            images = counted(torch.zeros(5, 9, 12, 3, dtype=torch.uint8))
+            yield Batch(images, numbers * 0, numbers < 0, numbers, numbers, [])
+
+    held = []
+    for count in (10, 40):
+        most = 0
+        found = extract_to(tmp_path, f"{count}", Counted((9, 12), 3), batches(count), 5 * count)
+        assert len(found.features) == 5 * count
+        held.append(most)
+    assert held[0] == held[1] <= 4 * 5  # images and features, of this batch and of the next
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:

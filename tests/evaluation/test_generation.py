@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,15 @@ from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation import feature_rows, generation, neighbours
 from nextblock.evaluation.features import Features
 from nextblock.evaluation.frechet import frechet_distance, statistics
-from nextblock.evaluation.generation import compare, inception_score, kid, real_against_real
-from nextblock.evaluation.neighbours import precision_recall
+from nextblock.evaluation.generation import (
+    PRECISION_COUNT,
+    compare,
+    inception_score,
+    kid,
+    real_against_real,
+)
+from nextblock.evaluation.neighbours import expected_seconds, precision_recall
+from nextblock.randomness import shuffled, uniforms
 
 RNG = np.random.default_rng
 
@@ -66,13 +76,83 @@ def test_what_rounding_alone_tells_apart_is_at_the_same_place(monkeypatch: pytes
             assert precision_recall(np.repeat(images, 6, axis=0), np.tile(images, (6, 1))[:-3]) == (1.0, 1.0)
 
 
-def test_neighbours_are_sought_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_frechet import Watched
+class Held:
+    """A table [count, width] that lies nowhere: its rows are made when they are read. It counts those still held."""
 
-    monkeypatch.setattr(neighbours, "BLOCK", 32)
-    x, y = Watched(normal(300, 4, 0)), Watched(normal(200, 4, 1))
-    precision_recall(x, y)
-    assert (x.most, y.most) == (32, 32)
+    def __init__(self, count: int, seed: int = 0, width: int = 4) -> None:
+        self.shape, self.seed = (count, width), seed
+        self.now = self.most = 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        rows = np.arange(len(self))[index]
+        found = uniforms(self.seed, "table", rows, self.shape[1])
+        self.now += len(rows)
+        self.most = max(self.most, self.now)
+        weakref.finalize(found, self._released, len(rows))
+        return found
+
+    def _released(self, count: int) -> None:
+        self.now -= count
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise AssertionError("the whole table was read into memory")
+
+
+@pytest.mark.parametrize(("metric", "most"), [("frechet", 2 * 64), ("kid", 100), ("precision_recall", 3 * 128)])
+def test_any_number_of_images_is_compared_in_the_memory_of_a_few_blocks(
+    metric: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most so many rows of each set are held, of 1,600 images as of 3,200: a block, or the two that are compared,
+    while the next is read; of KID one subset."""
+    monkeypatch.setattr(feature_rows, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(neighbours, "BLOCK", 128)
+    monkeypatch.setitem(kid.__kwdefaults__, "subset_size", 100)
+    held = []
+    for count in (1600, 3200):
+        sets = Held(count, 0), Held(count + 100, 1)
+        compare(*sets, metrics=[metric])
+        held.append(max(table.most for table in sets))
+    assert held[0] == held[1] <= most
+    whole = Held(3200)
+    real_against_real(whole, metrics=[metric])
+    assert whole.most <= 2 * most  # each half is a table of its own
+
+
+def test_the_inception_score_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_rows, "BLOCK_ROWS", 64)
+    table = Held(3200)
+    inception_score(table)
+    assert table.most <= 128
+
+
+def test_precision_and_recall_take_so_many_images_of_each_set() -> None:
+    x, y = normal(300, 4, 0, scale=0.7), normal(90, 4, 1)
+    found = compare(x, y, metrics=["precision_recall"], precision_count=120)
+    assert found["precision_counts"] == [120, 90]
+    assert found["counts"] == [300, 90]
+    rows = np.sort(shuffled(0, "precision_recall/samples", 300, np.arange(120)))
+    assert (found["precision"], found["recall"]) == precision_recall(x[rows], y)
+    assert compare(x, y, metrics=["precision_recall"], precision_count=120) == found
+    other = compare(x, y, metrics=["precision_recall"], precision_count=120, seed=1)
+    assert (other["precision"], other["recall"]) != (found["precision"], found["recall"])
+    everything = compare(x, y, metrics=["precision_recall"], precision_count=0)
+    assert everything["precision_counts"] == [300, 90]
+    assert (everything["precision"], everything["recall"]) == precision_recall(x, y)
+    assert PRECISION_COUNT == 50_000
+    with pytest.raises(ConfigError, match=r"precision_count must be 0 .* or more than 3; got -1"):
+        compare(x, y, precision_count=-1)
+
+
+def test_the_time_of_precision_and_recall_grows_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_seconds_of_a_block", lambda rows, width, k, device: rows * width / 1e6)
+    assert expected_seconds([(1024, 1024)], 500) == pytest.approx(3 * 0.512)
+    assert expected_seconds([(10 * 1024, 1)], 500) == pytest.approx((55 + 1 + 10) * 0.512)
+    assert expected_seconds([(100, 100), (50, 50)], 500) == pytest.approx((3 + 3) * 0.05)
+    monkeypatch.undo()
+    assert 0 < expected_seconds([(10, 10)], 4) < 10
 
 
 def kid_by_hand(x: np.ndarray, y: np.ndarray) -> float:

@@ -99,6 +99,34 @@ def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
     refused(tmp_path / "empty", "one image is not a set")
 
 
+def test_a_folder_of_nextblock_sample_means_its_images(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    (folder / "images").mkdir(parents=True)
+    (folder / "sample.json").write_text("{}")
+    for name in ("contact-sheet.png", "entities.gif"):
+        Image.fromarray(PIXELS[0]).save(folder / name)
+    with pytest.raises(DataError, match=r"samples/images is empty"):
+        open_image_set(folder, scratch=tmp_path)
+    for i, image in enumerate(PIXELS):
+        Image.fromarray(image).save(folder / "images" / f"{i:06d}.png")
+    for spec in (folder, str(folder), f"{folder}/"):
+        found = open_image_set(spec, scratch=tmp_path)
+        assert found.source is not None
+        assert [found.source.name(i) for i in range(len(found.source))] == [f"{i:06d}.png" for i in range(6)]
+    (folder / "images").rename(folder / "moved")
+    with pytest.raises(DataError, match=r"samples was made by nextblock sample, but its folder images is not there"):
+        open_image_set(folder, scratch=tmp_path)
+
+
+def test_a_run_is_no_set_of_images(tmp_path: Path) -> None:
+    (tmp_path / "run" / "figures").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("model: {}")
+    for i, image in enumerate(PIXELS):
+        Image.fromarray(image).save(tmp_path / "run" / "figures" / f"{i}.png")
+    with pytest.raises(ConfigError, match=r"run is the folder of a run.*nextblock sample .*run --out.*--encoder"):
+        open_image_set(tmp_path / "run", scratch=tmp_path)
+
+
 def test_named_data_sets_are_opened_by_split(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_images(tmp_path / "cifar10" / split, per_class=2 if split == "train" else 3)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.data.latents import adm_center_crop, cache, making, open_latents
+from nextblock.data.sources import open_source
 from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs import cache_latents as job
 from nextblock.jobs.cache_latents import cache_latents
@@ -211,6 +212,28 @@ def test_a_damaged_shard_is_made_anew(
     assert "shard-00002.safetensors is damaged" in told
     assert "2 of 4 shards" in told
     assert content(folder) == whole
+
+
+def test_one_flipped_label_is_noticed_and_mended(asked: dict[str, Any], tmp_path: Path) -> None:
+    folder = cache_latents(**asked, out=tmp_path / "cache")
+    path, whole = folder / "shard-00000.safetensors", content(folder)
+    damaged = bytearray(path.read_bytes())
+    length = int.from_bytes(damaged[:8], "little")
+    damaged[8 + length + json.loads(damaged[8 : 8 + length])["labels"]["data_offsets"][0]] ^= 1  # the other class
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"shard-00000.*labels.*cache-latents --resume {folder}"):
+        open_latents(folder)
+    cache_latents(resume=folder, batch_size=5, workers=0, quiet=True)
+    assert content(folder) == whole
+    assert open_latents(folder).labels.tolist() == [0] * 12 + [1] * 12
+
+
+def test_labels_that_no_class_has_are_told_before_they_are_stored(asked: dict[str, Any], tmp_path: Path) -> None:
+    source = open_source(asked["dataset"])
+    source.classes = ("left",)  # type: ignore[misc]
+    with pytest.raises(DataError, match=r"top/000\.png has the label 1, but there is 1 class"):
+        cache_latents(**asked | {"dataset": source, "batch_size": 12}, out=tmp_path / "cache")
+    assert not (tmp_path / "cache" / "shard-00000.safetensors").exists()
 
 
 def test_a_finished_cache_is_left_alone(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from PIL import Image
 
 from nextblock.data.decode import decode
 from nextblock.errors import ConfigError, DataError, RunError
-from nextblock.evaluation import extractors
+from nextblock.evaluation import extractors, feature_rows
 from nextblock.evaluation.frechet import frechet_distance, statistics
 from nextblock.evaluation.generation import compare, inception_score, real_against_real
+from nextblock.jobs import fid_run
 from nextblock.jobs.embed import Embedded, embed
 from nextblock.jobs.fid import fid
+from nextblock.jobs.sample_folder import SampleFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -207,6 +211,140 @@ def test_a_reference_with_images_and_inception_statistics(inception: Path, tmp_p
     pixels = fid(samples=noise(12, 0), reference=path, pixels=True, workers=0, quiet=True)
     assert pixels.results["frechet_counts"] == [12, 14]
     assert any("Only the images are used" in note for note in pixels.notes)
+
+
+def test_metrics_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = noise(40, 0), noise(50, 1)
+    given = {"samples": x, "reference": y, "pixels": True, "workers": 0}
+    everything = fid(**given, quiet=True)
+    found = fid(**given, metrics="frechet, kid")
+    assert {"frechet", "kid"} <= set(found.results)
+    assert not {"precision", "recall", "precision_counts"} & {*found.results, *(found.floor or {})}
+    assert found.frechet == everything.frechet
+    told = capsys.readouterr().out
+    assert "KID" in told
+    assert "precision" not in told
+    only = fid(**given, metrics="precision_recall", out=tmp_path / "judged")
+    assert only.frechet is None
+    assert only.results["precision"] == everything.results["precision"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "40 to 50" in told
+    assert "Fréchet" not in told
+    computed = json.loads((tmp_path / "judged" / "fid.json").read_text())["computed"]
+    assert set(computed) == {"precision", "recall", "floor"}
+
+
+def test_metrics_that_cannot_be_are_told(script: Path, tmp_path: Path) -> None:
+    x = noise(10, 0)
+
+    def refused(metrics: str, told: str, **changes: Any) -> None:
+        with pytest.raises(ConfigError, match=told):
+            fid(**{"samples": x, "reference": x, "pixels": True, "quiet": True, "metrics": metrics, **changes})
+
+    refused("frechet,kdi", r"no metric is named 'kdi'\. Did you mean 'kid'\?")
+    refused("frechet,precision", "Did you mean 'precision_recall'")
+    refused("", "no metric is named ''")
+    refused("inception_score", "the Inception score needs the classes of --inception")
+    refused("inception_score", "knows no reference", pixels=False, inception=script)
+    refused("frechet", "precision_count must be 0 .* or more than 3; got 3", precision_count=3)
+    kept = tmp_path / "kept.npz"
+    fid(samples=x, reference=x, pixels=True, metrics="kid", save_stats=kept, workers=0, quiet=True)
+    refused("frechet,kid", "kid needs images of both sets, and the reference is statistics", reference=kept)
+    assert fid(samples=x, reference=kept, pixels=True, metrics="frechet", workers=0, quiet=True).frechet < 1e-9
+
+
+def test_the_inception_score_can_be_left_out(inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"samples": noise(12, 0), "reference": noise(14, 1), "inception": inception, "workers": 0, "quiet": True}
+    assert fid(**given, metrics="frechet,inception_score").inception_score is not None
+    passes: list[bool] = []
+    call = extractors.InceptionFile.probabilities
+    count = lambda self, images: passes.append(True) or call(self, images)  # noqa: E731
+    monkeypatch.setattr(extractors.InceptionFile, "probabilities", count)
+    assert fid(**given, metrics="frechet").inception_score is None
+    assert len(passes) == 1  # to see what the file is; none over the samples
+
+
+def test_precision_and_recall_of_many_images_are_of_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = noise(60, 0, low=60), noise(90, 1)
+    found = fid(samples=x, reference=y, pixels=True, precision_count=40, workers=0, out=tmp_path / "judged")
+    expected = compare(flat(x), flat(y), precision_count=40)
+    for name in ("precision", "recall", "precision_counts"):
+        assert found.results[name] == expected[name]
+    assert found.results["precision_counts"] == [40, 40]
+    assert found.floor is not None
+    assert found.floor["precision_counts"] == [40, 40]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Precision and recall are of 40 of the 60 samples and 40 of the 90 reference images" in told
+    stored = json.loads((tmp_path / "judged" / "fid.json").read_text())
+    assert stored["results"]["precision_counts"] == [40, 40]
+    assert any("--precision_count" in note for note in stored["notes"])
+    whole = fid(samples=x, reference=y, pixels=True, precision_count=0, workers=0, quiet=True)
+    assert whole.results["precision"] == compare(flat(x), flat(y))["precision"]
+    assert not any("Precision and recall are of" in note for note in whole.notes)
+
+
+def test_long_computations_are_told_before_they_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"samples": noise(20, 0), "reference": noise(20, 1), "pixels": True, "workers": 0}
+    fid(**given)
+    assert "will take" not in capsys.readouterr().out
+    monkeypatch.setattr(fid_run, "expected_seconds", lambda pairs, width, **_: 90.0 * sum(map(sum, pairs)))
+    fid(**given)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.startswith("precision and recall will take about 1.5 h (20 to 20 images, the floor 10 to 10")
+    assert "--metrics frechet,kid leaves them out" in told
+    fid(**given, metrics="frechet,kid")
+    assert "will take" not in capsys.readouterr().out
+
+
+def test_a_folder_of_nextblock_sample_is_judged_by_its_images(tmp_path: Path) -> None:
+    folder, images = SampleFolder(tmp_path / "samples", 30), noise(30, 0)
+    folder.claim({"settings": {}, "source": {}})
+    for number, image in enumerate(images):
+        folder.write(number, image)
+    for path in (folder.sheet, folder.animation):
+        Image.fromarray(noise(1, 5, size=50)[0]).save(path)
+    found = fid(samples=folder.path, reference=images, pixels=True, workers=0, quiet=True)
+    assert found.samples.images == 30
+    assert found.samples.of_another_size == 0
+    assert found.frechet == pytest.approx(0, abs=1e-12)
+
+
+def test_a_run_is_no_set_of_images(run: Path, images: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is the folder of a run, not of images.*nextblock sample"):
+        fid(samples=run, reference=str(images), encoder=run, quiet=True)
+
+
+class Drawn:
+    """So many images, made when they are asked for."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if index >= self.count:
+            raise IndexError
+        return noise(1, 100_000 * self.seed + index, size=8)[0]
+
+
+def test_many_images_need_little_more_memory_than_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of 2,000 more in each set have 0.8 MB, their features in float64 6 MB."""
+    monkeypatch.setattr(feature_rows, "BLOCK_ROWS", 128)
+
+    def peak(count: int) -> float:
+        sets = {"samples": Drawn(count, 0), "reference": Drawn(count, 1)}
+        tracemalloc.start()
+        fid(**sets, pixels=True, metrics="frechet", batch_size=32, workers=0, quiet=True)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most / 1e6
+
+    peak(300)  # what is imported and kept
+    assert peak(2300) < peak(300) + 0.5
 
 
 def test_count_draws_images_by_seed() -> None:

@@ -85,13 +85,16 @@ def load_by_table(
         found[ours] = tensor
     missing = [name for name in expected if name not in found]
     if missing or unexpected or misshaped:
-        raise CheckpointError(_mismatch(where, type(config).__name__, missing, unexpected, misshaped))
+        raise mismatch(f"{where} does not fit this {type(config).__name__}.", missing, unexpected, misshaped)
     model.load_state_dict(found)
 
 
-def _mismatch(where: str | Path, config: str, missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
-    lines = [f"{where} does not fit this {config}."]
+def mismatch(
+    told: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), misshaped: Sequence[str] = ()
+) -> CheckpointError:
+    """The error that begins with `told` and lists the tensors that do not fit."""
+    lines = [told]
     for title, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)):
         if names:
             lines.append(f"  {title} ({len(names)}): {'; '.join(names)}")
-    return "\n".join(lines)
+    return CheckpointError("\n".join(lines))

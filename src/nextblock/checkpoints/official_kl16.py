@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nextblock.checkpoints.name_table import read_tensors
+from nextblock.checkpoints.name_table import mismatch, read_tensors
 from nextblock.errors import CheckpointError
 from nextblock.vae import Autoencoder
 
 SCALE_FACTOR = 0.2325
 NORM_GROUPS = 32
+_OTHER = "{} is not a KL-16 autoencoder in the official layout."
 _TRAINING_ONLY = "loss."  # the perceptual loss and discriminator that latent diffusion saves beside the VAE
 
 # diffusers' name -> the official one; "{up}" counts the decoder's levels from the other end
@@ -68,7 +69,7 @@ def load_official_kl16(path: str | Path) -> Autoencoder:
         else:
             found[ours] = tensor.reshape(want).float()
     if missing or unexpected or misshaped:
-        raise CheckpointError(_mismatch(path, missing, unexpected, misshaped))
+        raise mismatch(_OTHER.format(path), missing, unexpected, misshaped)
     model.load_state_dict(found, assign=True)
     return Autoencoder(model, {"kind": "kl16", "path": str(Path(path).absolute())}, scale_factor=SCALE_FACTOR)
 
@@ -104,7 +105,7 @@ def _sizes(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     missing = [name for name in telling if name not in tensors]
     odd = [name for name in telling if name in tensors and tensors[name].ndim != 4]
     if missing or odd:
-        raise CheckpointError(_mismatch(path, missing, [], [f"{n} {tuple(tensors[n].shape)}" for n in odd]))
+        raise mismatch(_OTHER.format(path), missing, misshaped=[f"{n} {tuple(tensors[n].shape)}" for n in odd])
 
     def kind(name: str, side: str, level: int) -> str:
         attends = any(key.startswith(f"{side}.{level}.attn.") for key in tensors)
@@ -142,11 +143,3 @@ def _empty(sizes: Mapping[str, Any], path: str | Path) -> Any:
         raise CheckpointError(
             f"{path} has levels of {widths} channels; each must be a multiple of {NORM_GROUPS}."
         ) from error
-
-
-def _mismatch(path: str | Path, missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
-    lines = [f"{path} is not a KL-16 autoencoder in the official layout."]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)):
-        if names:
-            lines.append(f"  {title} ({len(names)}): {'; '.join(names)}")
-    return "\n".join(lines)

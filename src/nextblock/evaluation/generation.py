@@ -20,10 +20,12 @@ from nextblock.errors import ConfigError, nearest
 from nextblock.evaluation.feature_rows import Rows, SomeRows, as_rows, block, in_blocks, require_same_width
 from nextblock.evaluation.frechet import frechet_distance, statistics
 from nextblock.evaluation.neighbours import precision_recall
-from nextblock.randomness import permutation
+from nextblock.randomness import permutation, shuffled
 
 METRICS = ("frechet", "kid", "precision_recall")
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBOURS = 3  # of precision and recall
+PRECISION_COUNT = 50_000  # images of each set, as arXiv 1904.06991 takes: the work grows with the square
 
 Watch = Callable[[str, int, int], None]
 
@@ -33,7 +35,8 @@ def compare(
     reference: Any,
     *,
     metrics: Sequence[str] = METRICS,
-    k: int = 3,
+    k: int = NEIGHBOURS,
+    precision_count: int = PRECISION_COUNT,
     seed: int = 0,
     device: torch.device | str | None = None,
     watch: Watch | None = None,
@@ -44,13 +47,16 @@ def compare(
         samples, reference: `Features`, or arrays or tensors [N, D]; mapped files are read in blocks.
         metrics: some of "frechet", "kid", "precision_recall".
         k: neighbours of precision and recall; both are None where a set has not more images than that.
-        seed: of the subsets of KID.
+        precision_count: precision and recall take at most so many images of each set, drawn at random; 0 = all.
+        seed: of the subsets of KID and of that draw.
         device: of the distances between neighbours; the CPU when absent.
         watch: called with (what is being computed, steps done, of how many).
 
-    Returns a dict: frechet; kid and kid_std; precision and recall (0..1); counts [N, M]; dimensions. Raises
-    ConfigError for sets that cannot be compared, DataError for too few images or numbers that are not finite.
+    Returns a dict: frechet; kid and kid_std; precision and recall (0..1) and precision_counts, of how many images;
+    counts [N, M]; dimensions. Raises ConfigError for sets that cannot be compared, DataError for too few images or
+    numbers that are not finite.
     """
+    require_precision_count(precision_count, k)
     for name in metrics:
         if name not in METRICS:
             raise ConfigError(f"no metric is named '{name}'.{nearest(name, METRICS)} There are {', '.join(METRICS)}.")
@@ -62,13 +68,30 @@ def compare(
     if "kid" in metrics:
         found["kid"], found["kid_std"] = kid(first, second, seed=seed, watch=_named(watch, "KID"))
     if "precision_recall" in metrics:
-        if min(len(first), len(second)) > k:
+        drawn = [
+            _some(table, precision_count, seed, f"precision_recall/{side}")
+            for side, table in (("samples", first), ("reference", second))
+        ]
+        pair: tuple[float | None, ...] = None, None
+        if min(map(len, drawn)) > k:
             told = _named(watch, "precision and recall")
-            pair: tuple[float | None, ...] = precision_recall(first, second, k=k, device=device, watch=told)
-        else:
-            pair = None, None
+            pair = precision_recall(drawn[0], drawn[1], k=k, device=device, watch=told)
         found["precision"], found["recall"] = pair
+        found["precision_counts"] = [len(table) for table in drawn]
     return found
+
+
+def require_precision_count(count: int, k: int = NEIGHBOURS) -> None:
+    """Raise ConfigError for a number of images that precision and recall of k neighbours cannot take."""
+    if count and count <= k:
+        raise ConfigError(f"precision_count must be 0 (all images) or more than {k}; got {count}.")
+
+
+def _some(table: Rows, count: int, seed: int, purpose: str) -> Rows:
+    """`count` random rows of a table, in its order; all where it has no more, or count is 0."""
+    if not 0 < count < len(table):
+        return table
+    return SomeRows(table, np.sort(shuffled(seed, purpose, len(table), np.arange(count))))
 
 
 def _named(watch: Watch | None, what: str) -> Callable[[int, int], None] | None:
@@ -161,4 +184,7 @@ def _plogp(p: NDArray[np.float64]) -> float:
     return float((p * np.log(np.where(p > 0, p, 1.0))).sum())
 
 
-__all__ = ["METRICS", "compare", "inception_score", "kid", "precision_recall", "real_against_real"]
+__all__ = [
+    "METRICS", "NEIGHBOURS", "PRECISION_COUNT", "compare", "inception_score", "kid", "precision_recall",
+    "real_against_real", "require_precision_count",
+]  # fmt: skip

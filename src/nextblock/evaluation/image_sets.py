@@ -16,9 +16,11 @@ from nextblock.data.named import Columns, data_root, find, is_named, named
 from nextblock.data.named.opening import find_layout, spelled
 from nextblock.data.sources import Source, open_source
 from nextblock.data.sources.protocol import Sample
-from nextblock.errors import DataError, SampleError, nearest
+from nextblock.errors import ConfigError, DataError, SampleError, nearest
 from nextblock.evaluation.npz_files import SAMPLES, KeptStatistics, NpzImages, array_names, read_statistics
 
+SAMPLE_RECORD, SAMPLE_IMAGES = "sample.json", "images"  # in the folder of a sampling job
+RUN_RECORD = "config.yaml"  # in the folder of a training job
 _TRIES = 100
 
 
@@ -43,19 +45,21 @@ def open_image_set(
 
     Args:
         spec: an .npz file with samples (arr_0: uint8 [N, H, W, 3] or [N, H, W]) or with statistics (mu [D], sigma
-            [D, D]); the name of a benchmark data set; anything else that `open_source` takes.
+            [D, D]); a folder that `nextblock sample` made, for its images; the name of a benchmark data set; anything
+            else that `open_source` takes.
         split: which one, where there are several.
         root: the folder of the named data sets.
         scratch: a folder; a compressed sample file is unpacked there, to be read image by image.
 
-    Raises DataError, saying what is there instead.
+    Raises DataError, saying what is there instead; ConfigError for the folder of a run.
     """
     if isinstance(spec, str) and is_named(spec):
         source = _open_named(spec, split, image_column, root)
     elif isinstance(spec, str | Path) and str(spec).endswith(".npz"):
         return _open_npz(Path(spec).expanduser(), scratch)
     else:
-        source = open_source(spec, split=split, image_column=image_column)
+        images = _images_of(Path(spec).expanduser()) if isinstance(spec, str | Path) else None
+        source = open_source(images or spec, split=split, image_column=image_column)
     if len(source) < 2:
         raise DataError(f"{source.description}: one image is not a set; a distribution needs two and wants thousands.")
     return ImageSet(source.description, source)
@@ -73,6 +77,24 @@ def _open_named(name: str, split: str, image_column: str, root: str | Path | Non
     if here is None:
         raise DataError(f"{name} has no split '{split}'; splits: {', '.join(splits)}.{nearest(split, splits)}")
     return splits[here]()
+
+
+def _images_of(folder: Path) -> Path | None:
+    """Where the images of a sampling job are: beside them lie a contact sheet and an animation, which are no samples.
+
+    None for what is no such folder. Raises ConfigError for a run, whose pictures are none either.
+    """
+    if (folder / RUN_RECORD).is_file():
+        raise ConfigError(
+            f"{folder} is the folder of a run, not of images. A generator's images are made first: nextblock sample "
+            f"{folder} --out samples. An encoder's run is named with --encoder."
+        )
+    if not (folder / SAMPLE_RECORD).is_file():
+        return None
+    images = folder / SAMPLE_IMAGES
+    if not images.is_dir():
+        raise DataError(f"{folder} was made by nextblock sample, but its folder {images.name} is not there.")
+    return images
 
 
 def _open_npz(path: Path, scratch: Path) -> ImageSet:

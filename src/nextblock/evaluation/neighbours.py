@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,8 +42,7 @@ def precision_recall(
     if k < 1 or min(len(samples), len(reference)) <= k:
         raise ConfigError(f"k = {k} neighbours need more than {max(k, 1)} images, in both sets, and k of at least 1.")
     place = torch.device(device or "cpu")
-    n, m = -(-len(samples) // BLOCK), -(-len(reference) // BLOCK)
-    progress = _Progress(watch, n * (n + 1) // 2 + m * (m + 1) // 2 + n * m)
+    progress = _Progress(watch, _steps(len(samples), len(reference)))
     # Distances do not change when both sets are moved, and numbers around 0 are rounded less.
     centre = torch.from_numpy(next(in_blocks(reference, BLOCK))[1]).mean(0).to(place)
     own = _radii(samples, k, centre, progress)
@@ -57,6 +57,32 @@ def precision_recall(
             reached[columns] |= (distance <= own[rows, None]).any(0)
             progress.step()
     return float(inside.double().mean()), float(reached.double().mean())
+
+
+def expected_seconds(
+    pairs: Sequence[tuple[int, int]], width: int, *, k: int = 3, device: torch.device | str | None = None
+) -> float:
+    """About how long `precision_recall` takes for sets of so many images in `width` dimensions, all pairs of sets one
+    after the other: one block is timed here."""
+    rows = min(BLOCK, max(max(pair) for pair in pairs))
+    return sum(_steps(*pair) for pair in pairs) * _seconds_of_a_block(rows, width, k, torch.device(device or "cpu"))
+
+
+def _seconds_of_a_block(rows: int, width: int, k: int, device: torch.device) -> float:
+    x = torch.rand(rows, width, dtype=torch.float64, device=device)
+    took = 0.0
+    for _ in range(2):  # the first call of a library is slow
+        start = time.perf_counter()
+        distance, _ = _squared_distances(x, x)
+        distance.topk(min(k, rows), largest=False).values.sum().item()  # waits for a GPU
+        took = time.perf_counter() - start
+    return took
+
+
+def _steps(n: int, m: int) -> int:
+    """Blocks of distances of sets of n and m images: within each, seen from one side, and between them."""
+    a, b = -(-n // BLOCK), -(-m // BLOCK)
+    return a * (a + 1) // 2 + b * (b + 1) // 2 + a * b
 
 
 def _radii(table: Rows, k: int, centre: Tensor, progress: _Progress) -> Tensor:
@@ -96,4 +122,4 @@ class _Progress:
             self._watch(self._done, self._total)
 
 
-__all__ = ["precision_recall"]
+__all__ = ["expected_seconds", "precision_recall"]

@@ -53,20 +53,23 @@ def cache_latents(
 
     Args:
         dataset: the images: a folder, Parquet file(s), hf:NAME, or the name of a benchmark data set; in Python any
-            source of images. Class names and labels are kept where there are any.
-        vae: the official KL-16 file, or a folder or hub name (owner/name) of a diffusers AutoencoderKL.
-        out: a new folder for the cache, or the same one to go on.
-        resume: a cache that was begun; all else is as it was then. Images and VAE may be given again where they moved.
+            source of images. Class names and labels are kept where there are any. Needed for a new cache.
+        vae: the official KL-16 file, or a folder or hub name (owner/name) of a diffusers AutoencoderKL. Needed for a
+            new cache.
+        out: a new folder for the cache, or the same one to go on. Give this or resume.
+        resume: a cache that was begun, to go on or to make damaged shards anew; all else is as it was then. Images and
+            VAE may be given again where they moved.
         image_size_px: side of the square images, a multiple of the VAE's factor; 256 when left out.
-        split: which split, where there are several; "train" when left out.
+        split: which split of the images, where there are several; "train" when left out.
         data_root: folder of the benchmark data sets; $NEXTBLOCK_DATA or ./datasets when left out.
-        image_column: of tables; "image" when left out.
-        label_column: of tables; "label", if there is one, when left out.
+        image_column: the column with the images, in Parquet and hf: data; "image" when left out.
+        label_column: the column with the labels, in Parquet and hf: data; "label", if there is one, when left out.
         exif_orientation: turn images as their EXIF orientation says; yes when left out.
         dtype: of the stored moments, "float16" (the default; half the disk, a relative error of at most 0.0005) or
             "float32".
         shard_mb: MiB of moments in a shard, 1024 when left out; memory needed is about twice that.
-        max_bad_fraction: stop when more than max(10, this fraction) of the images are broken; 0.001 when left out.
+        max_bad_fraction: stop when more than this part of the images, and more than 10, are broken; 0.001 when left
+            out.
         batch_size: images per forward pass; changes the moments by rounding only.
         workers: loading processes; -1 = chosen from the cores.
         device: "auto", "cpu" or "cuda".
@@ -88,10 +91,7 @@ def cache_latents(
     loaders = default_workers() if workers < 0 else workers
     if not about.finished:
         about = _make(folder, about, asked, source, model, batch_size, loaders, console)
-    bad = [sample for record in about.shards.values() for sample in record.bad]
-    count = sum(record.images for record in about.shards.values())
-    left_out = f", {len(bad)} broken ones left out (bad_samples.csv)" if bad else ""
-    console.print(f"{count:,} images cached{left_out}: {folder}", highlight=False, markup=False, soft_wrap=True)
+    _tell(folder, about, console)
     return folder
 
 
@@ -148,6 +148,13 @@ def _require_room(folder: Path, about: About, images: int, console: Console) -> 
             f"the latents need {need / 2**30:,.1f} GiB, but the disk of {folder} has {free / 2**30:,.1f} GiB left. "
             "Make room, or take another --out."
         )
+
+
+def _tell(folder: Path, about: About, console: Console) -> None:
+    bad = sum(len(record.bad) for record in about.shards.values())
+    count = sum(record.images for record in about.shards.values())
+    left_out = f", {bad} broken ones left out (bad_samples.csv)" if bad else ""
+    console.print(f"{count:,} images cached{left_out}: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Bar:

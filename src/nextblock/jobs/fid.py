@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from rich.console import Console
 
 from nextblock.data.loading import default_workers
 from nextblock.data.sources.views import Subset
-from nextblock.errors import ConfigError, RunError
+from nextblock.errors import ConfigError, RunError, nearest
 from nextblock.evaluation.extractors import EncoderFeatures, Extractor, InceptionFile, PixelFeatures
+from nextblock.evaluation.generation import METRICS, PRECISION_COUNT, require_precision_count
 from nextblock.evaluation.image_sets import ImageSet, first_shape, open_image_set
 from nextblock.jobs.fid_report import Judged, tell, write_judged
 from nextblock.jobs.fid_run import FidSettings, judge
@@ -22,6 +25,8 @@ from nextblock.jobs.opening import open_encoder, require_positive
 from nextblock.randomness import shuffled
 from nextblock.training.launch import pick_device
 from nextblock.training.run_folder import claim_folder
+
+SCORE = "inception_score"
 
 
 def fid(
@@ -39,6 +44,8 @@ def fid(
     data_root: str | Path | None = None,
     count: int = 0,
     size_px: int = 0,
+    metrics: str = "all",
+    precision_count: int = PRECISION_COUNT,
     last_layers: int = 1,
     bidirectional: bool = False,
     seed: int = 0,
@@ -50,27 +57,34 @@ def fid(
     """Judge generated images against real ones: Fréchet distance (FID), KID, precision, recall, Inception score.
 
     Args:
-        samples: the images to judge: a folder, an .npz file of samples (arr_0: uint8 [N, H, W, 3]), a benchmark's
-            name, Parquet or hf:NAME; in Python also uint8 arrays or any source. For the Fréchet distance alone, an
-            .npz file of statistics (mu, sigma).
+        samples: the images to judge: a folder, a folder of `nextblock sample`, an .npz file of samples (arr_0: uint8
+            [N, H, W, 3]), a benchmark's name, Parquet or hf:NAME; in Python also uint8 arrays or any source. For the
+            Fréchet distance alone, an .npz file of statistics (mu, sigma).
         reference: real images, or their statistics, named in the same ways.
-        inception: features and classes of Inception v3, from the local TorchScript file that papers use
-            (inception-2015-12-05.pt); only with these is the distance called FID. Loading a TorchScript file runs
-            code from it: use one whose origin you know. Its SHA-256 is told with the result.
-        encoder: features of a run's encoder instead, or of a folder of exported weights.
-        pixels: the pixels themselves instead, for small images.
-        out: a new or empty folder for fid.json; features lie there while they are needed.
-        save_stats: a new .npz file for the statistics of the reference, to be named as reference the next time.
-        split: of the samples, where there are several.
-        reference_split: of the reference.
-        image_column: of tables.
+        inception: images are compared by features, so give this, encoder or pixels. This is a local TorchScript file
+            of Inception v3, the one that papers use (inception-2015-12-05.pt); only with its features is the distance
+            called FID. Loading a TorchScript file runs code from it: use one whose origin you know. Its SHA-256 is
+            told with the result.
+        encoder: instead of Inception, the run of a nextblock encoder or a folder of its exported weights.
+        pixels: instead of either, the pixels themselves; for small images.
+        out: a new or empty folder for fid.json; features lie there while they are needed. Without it the numbers are
+            only printed.
+        save_stats: a new .npz file to keep the statistics of the reference in. Named as the reference the next time,
+            it spares reading the images again.
+        split: which split of the samples, where they have several.
+        reference_split: which split of the reference, where it has several.
+        image_column: the column with the images, in Parquet and hf: data.
         data_root: folder of the benchmark data sets; $NEXTBLOCK_DATA or ./datasets when left out.
         count: take so many images of each set, drawn at random; 0 = all.
-        size_px: with --inception or --pixels, bring all images to this size first (shorter side, then the centre);
-            0 = the size of the first sample. An encoder has its own preprocessing.
+        size_px: with inception or pixels, bring all images to this size first (shorter side, then the centre); 0 = the
+            size of the first sample. An encoder has its own preprocessing.
+        metrics: which numbers, separated by commas: frechet, kid, precision_recall, inception_score; "all" = whatever
+            sets and features allow.
+        precision_count: precision and recall take at most so many images of each set, drawn at random, as their work
+            grows with the square; 0 = all.
         last_layers: of the encoder; features are the mean over the outputs of so many last layers and over tokens.
         bidirectional: let all tokens of the encoder see each other; by default it keeps its block-causal mask.
-        seed: of what is drawn: the images of --count, halves, subsets, splits.
+        seed: of everything drawn at random: images, the subsets of KID, the halves of the floor.
         batch_size: images per forward pass.
         workers: loading processes; -1 = chosen from the cores.
         device: "auto", "cpu" or "cuda".
@@ -80,32 +94,28 @@ def fid(
     Raises ConfigError, DataError, RunError or CheckpointError.
     """
     require_positive(batch_size=batch_size)
-    chosen = [name for name, there in (("inception", inception), ("encoder", encoder), ("pixels", pixels)) if there]
-    _check(chosen, size_px, count)
-    console, place = Console(quiet=quiet), pick_device(device)
+    require_precision_count(precision_count)
+    if count < 0 or count == 1:
+        raise ConfigError(f"--count is 0 (all) or at least 2, as one image is no set; got {count}.")
+    features = _Features(inception, encoder, pixels, size_px, last_layers, bidirectional)
+    how = FidSettings(
+        seed, batch_size, default_workers() if workers < 0 else workers, pick_device(device),
+        _metrics(metrics, features.kind), precision_count,
+    )  # fmt: skip
     target = None if save_stats is None else _new_statistics(Path(save_stats))
     folder = None if out is None else Path(out)
     if folder is not None:
         claim_folder(folder)
-    how = FidSettings(seed, batch_size, default_workers() if workers < 0 else workers, place)
+    console, opened = Console(quiet=quiet), partial(open_image_set, image_column=image_column, root=data_root)
     with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) as scratch:
+        place = Path(scratch)
         sets = {
-            side: _drawn(
-                open_image_set(spec, split=part, image_column=image_column, root=data_root, scratch=Path(scratch)),
-                side, count, seed,
-            )
+            side: _drawn(opened(spec, split=part, scratch=place), side, count, seed)
             for side, spec, part in (("samples", samples, split), ("reference", reference, reference_split))
-        }  # fmt: skip
-        _check_sets(sets, chosen, target)
+        }
+        _check_sets(sets, features.kind, metrics, target)
         shape = _shape(sets, size_px)
-        extractor: Extractor | None = None
-        if inception is not None:
-            extractor = InceptionFile(inception, place)
-        elif encoder is not None:
-            extractor = _encoder_features(encoder, place, last_layers, bidirectional)
-        elif pixels and shape is not None:
-            extractor = PixelFeatures(shape[:2], shape[2])
-        judged = judge(sets, extractor, shape and shape[:2], how, Path(scratch), target, console)
+        judged = judge(sets, features.extractor(shape, how.device), shape and shape[:2], how, place, target, console)
     if folder is not None:
         judged = dataclasses.replace(judged, folder=folder)
         write_judged(folder, judged)
@@ -113,25 +123,78 @@ def fid(
     return judged
 
 
-def _check(chosen: list[str], size_px: int, count: int) -> None:
-    if len(chosen) > 1:
-        raise ConfigError(f"one kind of features at a time; got --{' and --'.join(chosen)}.")
-    if size_px < 0 or count < 0 or count == 1:
-        raise ConfigError(f"--size_px and --count are 0 or more, and one image is no set; got {size_px} and {count}.")
-    if size_px and "encoder" in chosen:
-        raise ConfigError("--size_px is for --inception and --pixels: an encoder has its own preprocessing.")
+@dataclass(frozen=True)
+class _Features:
+    """The features that were asked for; the arguments of `fid`. Raises ConfigError for two kinds at a time."""
+
+    inception: str | Path | None
+    encoder: str | Path | None
+    pixels: bool
+    size_px: int
+    last_layers: int
+    bidirectional: bool
+
+    def __post_init__(self) -> None:
+        if len(self._kinds()) > 1:
+            raise ConfigError(f"one kind of features at a time; got --{' and --'.join(self._kinds())}.")
+        if self.size_px < 0:
+            raise ConfigError(f"--size_px is 0 (that of the first sample) or more; got {self.size_px}.")
+        if self.size_px and self.kind == "encoder":
+            raise ConfigError("--size_px is for --inception and --pixels: an encoder has its own preprocessing.")
+
+    def _kinds(self) -> list[str]:
+        return [name for name in ("inception", "encoder", "pixels") if getattr(self, name)]
+
+    @property
+    def kind(self) -> str | None:
+        return next(iter(self._kinds()), None)
+
+    def extractor(self, shape: tuple[int, int, int] | None, device: str) -> Extractor | None:
+        """What computes them of images of this height, width and channels; None when there are none to compute."""
+        if self.inception is not None:
+            return InceptionFile(self.inception, device)
+        if self.encoder is not None:
+            found = open_encoder(self.encoder, device)
+            return EncoderFeatures(
+                found.encoder, found.preprocessing, os.fspath(self.encoder),
+                last_layers=self.last_layers, bidirectional=self.bidirectional,
+            )  # fmt: skip
+        return PixelFeatures(shape[:2], shape[2]) if self.pixels and shape is not None else None
 
 
-def _check_sets(sets: dict[str, ImageSet], chosen: list[str], target: Path | None) -> None:
-    """Raise ConfigError when features are needed and none are named, or named and not needed."""
+def _metrics(asked: str, kind: str | None) -> tuple[str, ...]:
+    """The names in a text, of METRICS and SCORE. Raises ConfigError for others, and for what the features lack."""
+    if asked == "all":
+        return (*METRICS, SCORE) if kind == "inception" else METRICS
+    known = (*METRICS, SCORE)
+    names = tuple(dict.fromkeys(name.strip() for name in asked.split(",")))
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known)
+            raise ConfigError(f"no metric is named '{name}'.{hint} There are {', '.join(known)}, and all.")
+    if SCORE in names and kind != "inception":
+        raise ConfigError("the Inception score needs the classes of --inception FILE.")
+    if names == (SCORE,):
+        raise ConfigError(f"the Inception score knows no reference; ask for another number beside: frechet,{SCORE}.")
+    return names
+
+
+def _check_sets(sets: dict[str, ImageSet], kind: str | None, metrics: str, target: Path | None) -> None:
+    """Raise ConfigError when features are needed and none are named, or named and not needed, or when metrics are
+    asked for by name that these sets do not allow."""
     images = [side for side, found in sets.items() if found.source is not None]
-    if images and not chosen:
+    if images and not kind:
         raise ConfigError(
             f"In which features? The {' and the '.join(images)} are images. Give --inception FILE (then it is FID), "
             "--encoder RUN, or --pixels for small images."
         )
-    if chosen and not images:
-        raise ConfigError(f"both sets are statistics, so no features are computed; leave out --{chosen[0]}.")
+    if kind and not images:
+        raise ConfigError(f"both sets are statistics, so no features are computed; leave out --{kind}.")
+    for name in () if metrics == "all" else _metrics(metrics, kind):
+        for side in {"frechet": (), SCORE: ("samples",)}.get(name, tuple(sets)):
+            if side not in images:
+                sides = "both sets" if name != SCORE else "the samples"
+                raise ConfigError(f"{name} needs images of {sides}, and the {side} is statistics. Leave it out.")
     if target is not None and sets["reference"].source is None:
         raise ConfigError("--save_stats keeps the statistics of reference images; this reference is statistics.")
 
@@ -169,13 +232,6 @@ def _shape(sets: dict[str, ImageSet], size_px: int) -> tuple[int, int, int] | No
     if sets["samples"].source is None and kept is not None and kept.size_px is not None:
         height, width = kept.size_px
     return (size_px or height, size_px or width, channels)
-
-
-def _encoder_features(run: str | Path, device: str, last_layers: int, bidirectional: bool) -> EncoderFeatures:
-    opened = open_encoder(run, device)
-    return EncoderFeatures(
-        opened.encoder, opened.preprocessing, os.fspath(run), last_layers=last_layers, bidirectional=bidirectional
-    )
 
 
 __all__ = ["Judged", "fid"]

@@ -15,11 +15,17 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from nextblock.evaluation.generation import KID_SUBSET_SIZE, KID_SUBSETS, Watch
+from nextblock.evaluation.generation import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Watch
 from nextblock.training.run_folder import write_text
 
 FILE = "fid.json"
-NEIGHBOURS = 3
+_PRECISION = f"k = {NEIGHBOURS} nearest neighbours, of precision_counts images drawn at random, float64"
+_COMPUTED = {
+    "frechet": "squared 2-Wasserstein distance of Gaussians, covariance divided by N - 1, float64",
+    "kid": f"unbiased, kernel (x.y / D + 1)^3, {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE} images, float64",
+    "precision": _PRECISION,
+    "recall": _PRECISION,
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,10 @@ class Judged:
 
     metric: what the distance is called, "FID" or "Fréchet distance". features: which, with their SHA-256; told: in a
     line. size_px: height and width that images were judged at; None for statistics. results: frechet, frechet_counts,
-    dimensions, and where both sets are images kid, kid_std, precision, recall, counts. floor: the same numbers of the
-    reference against itself, in two halves; None for statistics. inception_score: mean, std, images; None for other
-    features. notes: what limits the numbers. folder: where they were written.
+    dimensions, and where both sets are images kid, kid_std, precision, recall, precision_counts, counts; without what
+    was not asked for. floor: the same numbers of the reference against itself, in two halves; None for statistics.
+    inception_score: mean, std, images; None for other features. notes: what limits the numbers. folder: where they
+    were written.
     """
 
     metric: str
@@ -59,8 +66,9 @@ class Judged:
     folder: Path | None = None
 
     @property
-    def frechet(self) -> float:
-        return float(self.results["frechet"])
+    def frechet(self) -> float | None:
+        """None where it was not asked for."""
+        return self.results.get("frechet")
 
 
 def notes_on(
@@ -72,13 +80,15 @@ def notes_on(
 ) -> list[str]:
     """What limits the numbers."""
     notes = []
-    width = results["dimensions"]
-    for side, count in zip(("samples", "reference images"), results["frechet_counts"], strict=True):
-        if count is not None and count <= width:
+    frechet_counts = results.get("frechet_counts", [None, None])
+    for side, count in zip(("samples", "reference images"), frechet_counts, strict=True):
+        if count is not None and count <= results["dimensions"]:
             notes.append(
-                f"{count:,} {side} in {width:,} dimensions: their covariance is singular. The Fréchet distance is not "
-                "comparable with one of another number of images."
+                f"{count:,} {side} in {results['dimensions']:,} dimensions: their covariance is singular. The Fréchet "
+                "distance is not comparable with one of another number of images."
             )
+    if "precision_counts" in results and results["precision_counts"] != results["counts"]:
+        notes.append(_on_precision(*results["precision_counts"], *results["counts"]))
     for side, report in (("samples", samples), ("reference images", reference)):
         if report.of_another_size and size_px:
             notes.append(
@@ -86,17 +96,24 @@ def notes_on(
                 "pixels and were resized and cropped: a part of the distance may be that."
             )
     if floor is not None:
-        notes.append(_on_floor(results["frechet_counts"][0], floor["counts"]))
+        notes.append(_on_floor(frechet_counts[0], floor["counts"], "frechet" in floor))
     elif reference.images is None:
         notes.append("No floor: the reference is statistics, and they cannot be split.")
     return notes
 
 
-def _on_floor(samples: int | None, halves: Sequence[int]) -> str:
-    told = (
-        f"The floor is the reference against itself, two random halves of it ({_counts(halves)} images). A Fréchet "
-        "distance is the larger the fewer the images, "
+def _on_precision(samples: int, reference: int, all_samples: int, all_reference: int) -> str:
+    return (
+        f"Precision and recall are of {samples:,} of the {all_samples:,} samples and {reference:,} of the "
+        f"{all_reference:,} reference images, drawn at random: their work grows with the square (--precision_count)."
     )
+
+
+def _on_floor(samples: int | None, halves: Sequence[int], frechet: bool) -> str:
+    told = f"The floor is the reference against itself, two random halves of it ({_counts(halves)} images)."
+    if not frechet:
+        return told
+    told += " A Fréchet distance is the larger the fewer the images, "
     if samples is not None and samples < min(halves):
         return told + f"so for {samples:,} samples this floor is too low. --count {samples} takes as many of each set."
     return told + "so with half of them this floor is too high rather than too low."
@@ -112,11 +129,13 @@ def tell(console: Console, judged: Judged) -> None:
     console.print(f"in: {judged.told}", highlight=False, markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for heading in ("images", judged.metric, "KID", "precision", "recall"):
+    named = {"frechet": judged.metric, "kid": "KID", "precision": "precision", "recall": "recall"}
+    asked = [name for name in named if name in {**(judged.floor or {}), **judged.results}]
+    for heading in ("images", *(named[name] for name in asked)):
         table.add_column(heading, justify="right", no_wrap=heading == "KID")
-    table.add_row("samples", *_cells(judged.results))
-    if judged.floor is not None:
-        table.add_row("floor", *_cells(judged.floor))
+    for what, found in (("samples", judged.results), ("floor", judged.floor)):
+        if found is not None:
+            table.add_row(what, _counts(found.get("frechet_counts") or found["counts"]), *_cells(found, asked))
     console.print(table)
     if score := judged.inception_score:
         told = f"Inception score of the {score['images']:,} samples: {score['mean']:.2f} ± {score['std']:.2f}"
@@ -127,33 +146,27 @@ def tell(console: Console, judged: Judged) -> None:
         console.print(f"written: {judged.folder / FILE}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _cells(found: dict[str, Any]) -> Iterator[str]:
-    yield _counts(found.get("frechet_counts") or found["counts"])
-    yield _number(found["frechet"])
-    deviation = found.get("kid_std")
-    yield _number(found.get("kid"), "{:.3g}") + ("" if deviation is None else f" ± {deviation:.1g}")
-    yield from (_number(found.get(name), "{:.3f}") for name in ("precision", "recall"))
+def _cells(found: dict[str, Any], asked: Sequence[str]) -> Iterator[str]:
+    forms = {"frechet": "{:.4g}", "kid": "{:.3g}", "precision": "{:.3f}", "recall": "{:.3f}"}
+    for name in asked:
+        value, deviation = found.get(name), found.get("kid_std") if name == "kid" else None
+        shown = "-" if value is None else forms[name].format(value)
+        yield shown + ("" if deviation is None else f" ± {deviation:.1g}")
 
 
 def _counts(counts: Sequence[int | None]) -> str:
     return " to ".join("?" if count is None else f"{count:,}" for count in counts)
 
 
-def _number(value: float | None, form: str = "{:.4g}") -> str:
-    return "-" if value is None else form.format(value)
-
-
 def write_judged(folder: Path, judged: Judged) -> None:
     """fid.json: all of it, and how the numbers were computed."""
     values = dataclasses.asdict(judged)
     values["folder"] = str(folder)
-    values["computed"] = {
-        "frechet": "squared 2-Wasserstein distance of Gaussians, covariance divided by N - 1, float64",
-        "kid": f"unbiased, kernel (x.y / D + 1)^3, {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE} images, float64",
-        "precision and recall": f"k = {NEIGHBOURS} nearest neighbours, all images, float64",
-        "inception_score": "10 splits in random order, softmax without the bias of the last layer",
-        "floor": "two random halves of the reference",
-    }
+    values["computed"] = {name: how for name, how in _COMPUTED.items() if name in judged.results}
+    if judged.inception_score is not None:
+        values["computed"]["inception_score"] = "10 splits in random order, softmax without the bias of the last layer"
+    if judged.floor is not None:
+        values["computed"]["floor"] = "two random halves of the reference"
     write_text(folder / FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,7 +1,8 @@
 """A folder of posterior moments, to train a generator on: `latents.json` and a few large shards.
 
-What was read is checked: sizes of all shards when the cache is opened, the CRC-32 of each image's moments whenever
-they are read (microseconds), and the SHA-256 of whole shards when asked (`LatentCache.verify`).
+What was read is checked: when the cache is opened, the size of all shards and the CRC-32 of all in them but the
+moments (labels, names); the CRC-32 of each image's moments whenever they are read (microseconds); and the SHA-256 of
+whole shards when asked (`LatentCache.verify`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nextblock.data.latents.shards import Shard, ShardRecord
 from nextblock.data.preprocess import Preprocessing
 from nextblock.errors import DataError, nearest
 
-FORMAT = 1
+FORMAT = 2  # 1 had no check of labels and names
 ABOUT = "latents.json"
 
 
@@ -134,6 +135,28 @@ def open_latents(folder: str | os.PathLike[str]) -> LatentCache:
     return LatentCache(folder, about)
 
 
+def require_known(
+    labels: NDArray[np.int64], classes: Sequence[str] | None, name: Callable[[int], str], where: str
+) -> None:
+    """Raise DataError when one of `labels` [N] is no class: less than -1 (none), or not among `classes`.
+
+    `name(i)` is the image's name; `where` begins the message.
+    """
+    wrong = labels < -1
+    if classes is not None:
+        wrong |= labels >= len(classes)
+    if not wrong.any():
+        return
+    first = int(wrong.argmax())
+    there = "negative labels other than -1 (none) mean nothing"
+    if classes is not None:
+        there = f"there {'is 1 class' if len(classes) == 1 else f'are {len(classes)} classes'}, numbered from 0"
+    raise DataError(
+        f"{where}: {name(first)} has the label {labels[first]}, but {there}. Mend the labels or the class names of the "
+        "images, and make the cache anew with another --out of nextblock cache-latents."
+    )
+
+
 class LatentCache:
     """Moments of N images, each as it is and mirrored. Picklable; nothing is kept in memory but labels."""
 
@@ -145,6 +168,8 @@ class LatentCache:
         self._shards = [Shard(folder, about.shards[number]) for number in sorted(about.shards)]
         for shard in self._shards:
             shard.require_size()
+            shard.require_facts()
+            require_known(np.array(shard.array("labels")), about.classes, shard.name, f"{shard.path.name} of {folder}")
         self._ends = np.cumsum([shard.record.images for shard in self._shards])
         self.labels: NDArray[np.int64] = np.concatenate([np.array(shard.array("labels")) for shard in self._shards])
         made_of = [about.vae["sha256"], about.preprocessing, about.classes]

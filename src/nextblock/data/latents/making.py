@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nextblock.data.latents.cache import About, write_whole
+from nextblock.data.latents.cache import About, require_known, write_whole
 from nextblock.data.latents.crop import CroppedImages
 from nextblock.data.latents.shards import ShardRecord, write_shard
 from nextblock.data.loading import training_batches
@@ -53,8 +53,8 @@ class Maker:
     def make(self, about: About) -> About:
         """Make the shards that `about` lacks, and record each in latents.json as soon as it is whole.
 
-        Returns the finished `about`. Raises DataError when too many images are broken, moments are not finite, or the
-        disk refuses.
+        Returns the finished `about`. Raises DataError when too many images are broken, labels are outside the classes,
+        moments are not finite, or the disk refuses.
         """
         todo = [number for number in range(about.shard_count) if number not in about.shards]
         plan = (part for number in todo for part in _parts(about, number, self.batch_size))
@@ -86,6 +86,7 @@ class Maker:
             self._require_few(about, bad)
             called = [self.source.name(int(index)) for index in batch.indices]
             if called:
+                require_known(batch.labels.numpy(), about.classes, called.__getitem__, "the images")
                 here = moments[len(names) : len(names) + len(called)]
                 here[:] = _encoded(self.vae, batch.images, preprocessing, here.dtype, called)
             names += called

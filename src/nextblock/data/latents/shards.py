@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,22 @@ DTYPES: dict[str, tuple[str, type[np.generic]]] = {
     "U32": ("uint32", np.uint32), "U8": ("uint8", np.uint8),
 }  # fmt: skip
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged header leads to
+
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What latents.json says of a shard. `bad`: images of its range that could not be read."""
+    """What latents.json says of a shard.
+
+    sha256: of the whole file. facts_crc32: of all but the moments: its header, checks, labels, names and ends, little
+    enough to be compared whenever the cache is opened. bad: images of its range that could not be read.
+    """
 
     file: str
     images: int
     bytes: int
     sha256: str
+    facts_crc32: int
     bad: tuple[BadSample, ...] = ()
 
     @classmethod
@@ -75,7 +82,10 @@ def write_shard(
         beside.chmod(mode)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-        record = ShardRecord(final.name, len(labels), beside.stat().st_size, file_sha256(beside), tuple(bad))
+        record = ShardRecord(
+            file=final.name, images=len(labels), bytes=beside.stat().st_size, sha256=file_sha256(beside),
+            facts_crc32=_facts_crc32(*_mapped(beside)), bad=tuple(bad),
+        )  # fmt: skip
         beside.replace(final)
     finally:
         beside.unlink(missing_ok=True)
@@ -108,6 +118,15 @@ class Shard:
             what = "truncated" if size < self.record.bytes else "too long"
             raise self._damaged(f"it is {what}, {size:,} bytes instead of {self.record.bytes:,}")
 
+    def require_facts(self) -> None:
+        """Raise DataError when something other than the moments is not what was written: labels, names, checks."""
+        try:
+            found = _facts_crc32(*_mapped(self.path))
+        except _UNREADABLE as error:
+            raise self._damaged(f"its header cannot be read ({type(error).__name__})") from error
+        if found != self.record.facts_crc32:
+            raise self._damaged("labels, names or checks of it are not what was written")
+
     def require_whole(self) -> None:
         """`require_size`, and the SHA-256. Reads the whole file."""
         self.require_size()
@@ -130,8 +149,8 @@ class Shard:
         """One tensor of the file, mapped into memory, not read."""
         if not self._arrays:
             try:
-                self._arrays = _mapped(self.path)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                _, self._arrays = _mapped(self.path)
+            except _UNREADABLE as error:
                 raise self._damaged(f"its header cannot be read ({type(error).__name__})") from error
         return self._arrays[name]
 
@@ -147,16 +166,24 @@ def _check(values: NDArray[Any]) -> int:
     return zlib.crc32(np.ascontiguousarray(values).data)
 
 
-def _mapped(path: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file: a length (8 bytes), a JSON header of that length, then the numbers."""
+def _facts_crc32(header: bytes, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """CRC-32 of the header, and of all tensors but the moments."""
+    found = zlib.crc32(header)
+    for name in ("checks", "labels", "names", "ends"):
+        found = zlib.crc32(arrays[name].data, found)
+    return found
+
+
+def _mapped(path: Path) -> tuple[bytes, dict[str, NDArray[Any]]]:
+    """Header and tensors of a safetensors file: a length (8 bytes), a JSON header of that length, then the numbers."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > 100_000:
             raise ValueError("the header is too long")
-        header = json.loads(file.read(length))
+        header = file.read(length)
     data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
     found = {}
-    for name, about in header.items():
+    for name, about in json.loads(header).items():
         start, stop = about["data_offsets"]
         found[name] = data[start:stop].view(DTYPES[about["dtype"]][1]).reshape(about["shape"])
-    return found
+    return header, found
