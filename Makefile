@@ -1,4 +1,4 @@
-# make demo   see it work, about three minutes
+# make demo   see it work, about four minutes
 # make test   everything that guards the project
 # make check  lint, types and import floors only
 PYTHON ?= python3
@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/nextblock demo
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
