@@ -8,9 +8,9 @@ from PIL import Image
 from nextblock.errors import ConfigError, DataError
 from nextblock.figures import reconstruction
 from nextblock.figures.curves import draw_bars, draw_curves, smoothed
-from nextblock.figures.ordering import draw_ordering
+from nextblock.figures.ordering import draw_entities, draw_ordering
 from nextblock.figures.reconstruction import draw_contact_sheet, draw_image
-from nextblock.ordering import Ordering
+from nextblock.ordering import Ordering, ScalePyramid
 
 HEADER = "step,samples,epoch,loss,lr,val_loss,knn,effective_rank\n"
 
@@ -124,3 +124,8 @@ def test_orderings(tmp_path: Path, ordering: Ordering) -> None:
 def test_no_display_and_no_global_state() -> None:
     room = Path(reconstruction.__file__).parent
     assert not [file.name for file in room.glob("*.py") if "pyplot" in file.read_text(encoding="utf-8")]
+
+
+def test_every_entity_of_the_paper_is_drawn(tmp_path: Path) -> None:
+    shown = {"cells": Ordering.cells((4, 6), 2), "scales": ScalePyramid((4, 6)), "whole": Ordering.whole((4, 6))}
+    assert colours(draw_entities(shown, tmp_path / "entities.png")) > 10

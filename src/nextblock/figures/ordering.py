@@ -1,7 +1,8 @@
-"""An ordering as a picture: which patches form which entity, and who may see whom."""
+"""Orderings as pictures: which patches form which entity, and who may see whom."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from nextblock.figures.canvas import FAINT, outline, save
 from nextblock.mask import block_causal_mask
-from nextblock.ordering import Ordering
+from nextblock.ordering import AnyOrdering, Ordering, ScalePyramid
 
 MOST_NUMBERS = 400  # patches; beyond, numbers are too small to read
 
@@ -36,6 +37,48 @@ def draw_ordering(ordering: Ordering, path: str | Path) -> Path:
         color=FAINT,
     )
     return save(figure, path)
+
+
+def draw_entities(orderings: Mapping[str, AnyOrdering], path: str | Path) -> Path:
+    """Several orderings side by side, the entities of each numbered and coloured in their order; name -> ordering.
+
+    A pyramid shows its scales, the whole picture each, from the coarsest to the finest. Returns the path.
+    """
+    widths = [_scales_picture(o)[0].shape[1] if isinstance(o, ScalePyramid) else o.grid[1] for o in orderings.values()]
+    figure = Figure(figsize=(0.28 * sum(widths) + 0.6 * len(widths), 3.6), layout="constrained")
+    every = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    for (name, ordering), axes in zip(orderings.items(), every, strict=True):
+        colours = _colours(ordering.num_entities)
+        if isinstance(ordering, ScalePyramid):
+            _draw_scales(axes, ordering, colours)
+        else:
+            _draw_grid(axes, ordering, colours)
+        entities = f"{ordering.num_entities} entities" if ordering.num_entities > 1 else "1 entity"
+        axes.set_title(f"{name}\n{entities}", fontsize=10)
+    return save(figure, path)
+
+
+def _scales_picture(pyramid: ScalePyramid) -> tuple[NDArray[np.int64], list[int]]:
+    """The number of the scale at every place, [h, W], -1 between them, standing on one line; where each begins."""
+    picture = np.full((pyramid.grid[0], sum(w + 1 for _, w in pyramid.scales) - 1), -1)
+    lefts, left = [], 0
+    for number, (height, width) in enumerate(pyramid.scales):
+        picture[-height:, left : left + width] = number
+        lefts.append(left)
+        left += width + 1
+    return picture, lefts
+
+
+def _draw_scales(axes: Axes, pyramid: ScalePyramid, colours: NDArray[np.float64]) -> None:
+    picture, lefts = _scales_picture(pyramid)
+    axes.imshow(np.where((picture < 0)[..., None], 1.0, colours[picture]))
+    for number, (left, (height, width)) in enumerate(zip(lefts, pyramid.scales, strict=True)):
+        top = picture.shape[0] - height
+        axes.vlines(np.arange(width + 1) + left - 0.5, top - 0.5, top + height - 0.5, color="white", linewidth=0.5)
+        axes.hlines(np.arange(height + 1) + top - 0.5, left - 0.5, left + width - 0.5, color="white", linewidth=0.5)
+        middle = (left + (width - 1) / 2, top + (height - 1) / 2)
+        axes.text(*middle, str(number), ha="center", va="center", fontsize=11, color=_ink(colours[number]))
+    _bare(axes)
 
 
 def _colours(count: int) -> NDArray[np.float64]:
