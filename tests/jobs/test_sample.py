@@ -262,6 +262,7 @@ def test_numbers_that_are_not_finite_are_told_and_not_written(tmp_path: Path) ->
     [
         ({"classes": (), "guidance": 2.0}, "unconditional"), ({"steps": 0}, "--steps must be at least 1; got 0"),
         ({"solver": "huen"}, "Did you mean 'heun'"), ({"n": 0}, "--n must be"), ({"batch_size": 0}, "--batch_size"),
+        ({"state": "float16"}, "'float64' or 'float32'"),
         ({"guidance_schedule": "linaer"}, "'linear'"), ({"guidance_interval": (0.5, 0.1)}, "guidance_interval"),
         ({"time_grid": "publshed"}, "'published'"), ({"precision": "fp8"}, "precision must be"),
     ],
@@ -380,3 +381,8 @@ def test_what_the_job_refuses_before_it_makes_a_folder(
     with pytest.raises(ConfigError, match=told):
         sample(**{"run": weights, "out": tmp_path / "out", "device": "cpu", "quiet": True, **values})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_solvers_state_can_be_float32() -> None:
+    assert settings(state="float32").for_sampler()["state_dtype"] == torch.float32
+    assert settings().for_sampler()["state_dtype"] == torch.float64

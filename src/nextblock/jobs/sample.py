@@ -46,6 +46,7 @@ def sample(
     animation: int = 4,
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    state: Literal["float64", "float32"] = "float64",
     device: str = "auto",
     devices: int = 1,
     quiet: bool = False,
@@ -75,7 +76,8 @@ def sample(
         animation: so many images are shown coming about in entities.gif; 0 = none.
         batch_size: images at once. Image i is always made in batch i // batch_size, so a job that is killed and
             continued gives the images of one that is not, to the bit on the same machine and number of processes.
-        precision: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16"; the solver's state is float64 in any case.
+        precision: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16", of the model.
+        state: "float64" (as published) or "float32", of what the solver integrates.
         device: "auto", "cpu" or "cuda".
         devices: processes on this machine; 0 = all devices. The images do not depend on it.
         quiet: print nothing.
@@ -93,7 +95,8 @@ def sample(
     settings = SampleSettings(
         classes=chosen_classes(classes, opened.classes, run), n=n, seed=seed, guidance=guidance,
         guidance_schedule=guidance_schedule, guidance_interval=interval, steps=steps, solver=solver,
-        time_grid=time_grid, batch_size=batch_size, precision=precision_used, known_entities=known_entities,
+        time_grid=time_grid, batch_size=batch_size, precision=precision_used, state=state,
+        known_entities=known_entities,
     )  # fmt: skip
     known = _known(continue_from, known_entities, opened)
     fabric = launch(TrainingConfig(device=place, devices=devices, seed=seed))

@@ -23,6 +23,7 @@ class SampleSettings:
         n: images.
         batch_size: image i is always made in batch i // batch_size.
         precision: "fp32", or "bf16" autocast.
+        state: of the solver, "float64" or "float32".
         known_entities: so many are taken from given images.
 
     The others are those of `sample_latents`. Raises ConfigError for values that cannot work.
@@ -39,6 +40,7 @@ class SampleSettings:
     time_grid: str = "auto"
     batch_size: int = 64
     precision: str = "fp32"
+    state: str = "float64"
     known_entities: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class SampleSettings:
         if self.precision not in ("fp32", "bf16"):
             hint = nearest(self.precision, ("auto", "fp32", "bf16"))
             raise ConfigError(f"precision must be 'auto', 'fp32' or 'bf16'; got {self.precision!r}.{hint}")
+        if self.state not in ("float64", "float32"):
+            raise ConfigError(f"state must be 'float64' or 'float32'; got {self.state!r}.")
         if self.guidance != 1 and not self.classes:
             raise ConfigError(
                 f"guidance {self.guidance:g} needs a model that knows classes, and this one is unconditional. "
@@ -68,4 +72,4 @@ class SampleSettings:
         names = (
             "seed", "guidance", "guidance_schedule", "guidance_interval", "steps", "solver", "time_grid",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"state_dtype": getattr(torch, self.state)}
