@@ -156,8 +156,8 @@ class Judge:
         asked = np.arange(len(images)) % 10
         read = self.reader.predict(images.reshape(len(images), -1) / 255)
         return {
-            "frechet": round(found["frechet"], 4),
-            "kid": round(found["kid"], 6),
+            "frechet": round(found["frechet"], 6),
+            "kid": round(found["kid"], 8),
             "read": round(100 * float((read == asked).mean()), 2),
         }
 
@@ -175,25 +175,26 @@ def told(values: list[float]) -> str:
 
 def report(options: argparse.Namespace, judge: Judge, arms: dict[str, dict[str, dict[str, float]]]) -> None:
     """The table, the JSON, the pictures."""
-    table = Table("arm", "Fréchet", "KID × 1000", "read as asked %", "seeds")
+    table = Table("arm", "Fréchet × 1000", "KID × 1000", "read as asked %", "seeds")
     values = {
         arm: {kind: [seed[kind] for seed in seeds.values()] for kind in ("frechet", "kid", "read")}
         for arm, seeds in arms.items()
     }
     for arm, found in values.items():
-        kid = told([1000 * k for k in found["kid"]])
-        table.add_row(arm, told(found["frechet"]), kid, told(found["read"]), str(len(found["read"])))
+        thousands = [told([1000 * number for number in found[kind]]) for kind in ("frechet", "kid")]
+        table.add_row(arm, *thousands, told(found["read"]), str(len(found["read"])))
     assert judge.floor is not None
     floor = {kind: judge.floor[kind] for kind in ("frechet", "kid")}
     read_right = f"{100 * judge.read_right:.2f}"
-    table.add_row("real against real", f"{floor['frechet']:.3f}", f"{1000 * floor['kid']:.3f}", read_right, "")
+    table.add_row("real against real", f"{1000 * floor['frechet']:.3f}", f"{1000 * floor['kid']:.3f}", read_right, "")
     Console(width=120).print(table)
     for group in (ENTITIES, CONTEXTS):
         for one, other in itertools.combinations([a for a in group if len(values.get(a, {}).get("read", ())) > 1], 2):
             verdict = "separated" if separated(values[one]["frechet"], values[other]["frechet"]) else "not separated"
             print(f"Fréchet: {one} and {other} {verdict} (95 % intervals over seeds)")
-    panels = {"frechet": "Fréchet distance, encoder features (lower is better)", "read": "read as asked (%)"}
-    drawn = {**values, "real halves": {"frechet": [floor["frechet"]], "read": [100 * judge.read_right]}}
+    panels = {"frechet": "Fréchet distance × 1000, encoder features", "read": "read as asked (%)"}
+    drawn = {arm: found | {"frechet": [1000 * f for f in found["frechet"]]} for arm, found in values.items()}
+    drawn["real digits"] = {"frechet": [1000 * floor["frechet"]], "read": [100 * judge.read_right]}
     draw_seeds(drawn, Path(options.out) / "entities.png", title="Generated digits, 720 samples a seed", panels=panels)
     sheet(options, list(values))
     about = {name: getattr(options, name) for name in ("epochs", "width", "depth", "steps")}
@@ -210,7 +211,7 @@ def sheet(options: argparse.Namespace, arms: list[str]) -> None:
     first = options.seeds[0]
     rows = [(arm, samples_of(options, arm, first)[:10]) for arm in arms if run_folder(options, arm, first).is_dir()]
     images = np.concatenate([images for _, images in rows])
-    titles = [arm if i == 0 else "" for arm, _ in rows for i in range(10)]
+    titles = [arm.removeprefix("cells4, ") if i == 0 else "" for arm, _ in rows for i in range(10)]
     contact_sheet(images, titles, Path(options.out) / "samples.png", columns=10)
 
 
