@@ -1,4 +1,4 @@
-# make demo   see it work, about four minutes
+# make demo   see it work, four to five minutes
 # make test   everything that guards the project
 # make check  lint, types and import floors only
 PYTHON ?= python3
