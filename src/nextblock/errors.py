@@ -50,7 +50,13 @@ def in_plain_words(text: str) -> str:
     text = " ".join(text.split())
     text = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"Expected one of \1", text)
     text = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"Expected {_KINDS.get(found[1], found[1])}", text)
+    text = re.sub(_ONE_OF_SEVERAL, r"\1. Got value: \2", text)
     return text.replace("List[", "list[")
 
+
+# What an option that may be left out says of a wrong value: the type that was meant, then that it is not None either.
+_ONE_OF_SEVERAL = (
+    r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected NoneType.*?Given value: (.*)"
+)
 
 _KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "yes or no"}

@@ -237,3 +237,16 @@ def test_every_option_says_what_it_does(verb: str) -> None:
         a.dest for a in parser._actions if a.option_strings and not (a.help or "").split("(type:")[0].strip(" %s")
     ]
     assert not silent
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [("dtype", "int8", "Expected one of 'float16', 'float32'"), ("image_size_px", "big", "Expected a whole number")],
+)
+def test_options_that_may_be_left_out_say_what_they_take(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, wanted: str
+) -> None:
+    assert main(["cache-latents", "--dataset", "x", "--vae", "y", f"--{option}", value]) == 2
+    told = capsys.readouterr().err
+    assert f"{wanted}. Got value: {value}" in told
+    assert "Union" not in told

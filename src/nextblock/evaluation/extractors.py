@@ -134,7 +134,7 @@ def _load_script(path: Path, device: torch.device) -> Any:
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")[:200]
+    return (lines[-1] if lines else type(error).__name__).partition(". ")[0].rstrip(".")[:200]
 
 
 class EncoderFeatures:

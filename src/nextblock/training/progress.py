@@ -48,6 +48,8 @@ class TrainingProgress:
         if self.quiet:
             return
         numbers = _numbers(row)
+        if not numbers:  # it was looked, and there was nothing to measure
+            return
         if self._bar:
             self._bar.update(self._task, numbers=numbers)
             if {"knn", "val_loss", "val_top1"} & set(row):
