@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from nextblock.version import __version__
 
 _HOMES = {
     "Ordering": "nextblock.ordering",
@@ -18,6 +18,8 @@ _HOMES = {
     "XTRAConfig": "nextblock.xtra.config",
     "XTRA": "nextblock.xtra.model",
     "Encoder": "nextblock.xtra.model",
+    "Classifier": "nextblock.xtra.classifier",
+    "Preprocessing": "nextblock.data.preprocess",
     "ScalePyramid": "nextblock.ordering",
     "XARConfig": "nextblock.xar.config",
     "XAR": "nextblock.xar.model",
@@ -31,8 +33,10 @@ _HOMES = {
     "open_generator": "nextblock.jobs.opening_generator",
     "sample": "nextblock.jobs.sample",
     "fid": "nextblock.jobs.fid",
+    "XARPipeline": "nextblock.jobs.xar_pipeline",
     "load_official_xtra": "nextblock.checkpoints.official",
     "open_source": "nextblock.data.sources",
+    "convert": "nextblock.jobs.convert",
     "datasets": "nextblock.jobs.datasets",
     "demo": "nextblock.jobs.demo",
     "doctor": "nextblock.jobs.doctor",
@@ -44,6 +48,8 @@ _HOMES = {
     "pretrain": "nextblock.jobs.pretrain",
     "probe": "nextblock.jobs.probe",
     "reconstruct": "nextblock.jobs.reconstruct",
+    "export": "nextblock.jobs.export",
+    "visualize": "nextblock.jobs.visualize",
 }
 
 if TYPE_CHECKING:
@@ -52,12 +58,15 @@ if TYPE_CHECKING:
     from nextblock.checkpoints.official_xar import load_official_xar
     from nextblock.checkpoints.vae_files import open_vae
     from nextblock.data.latents import open_latents
+    from nextblock.data.preprocess import Preprocessing
     from nextblock.data.sources import open_source
     from nextblock.jobs.cache_latents import cache_latents
+    from nextblock.jobs.convert import convert
     from nextblock.jobs.datasets import datasets
     from nextblock.jobs.demo import demo
     from nextblock.jobs.doctor import doctor
     from nextblock.jobs.embed import embed
+    from nextblock.jobs.export import export
     from nextblock.jobs.fid import fid
     from nextblock.jobs.finetune import finetune
     from nextblock.jobs.image_features import ImageFeatures
@@ -69,29 +78,38 @@ if TYPE_CHECKING:
     from nextblock.jobs.reconstruct import reconstruct
     from nextblock.jobs.sample import sample
     from nextblock.jobs.train_generator import train_generator
+    from nextblock.jobs.visualize import visualize
+    from nextblock.jobs.xar_pipeline import XARPipeline
     from nextblock.mask import block_causal_mask, teacher_forcing_mask
     from nextblock.ordering import Ordering, ScalePyramid
     from nextblock.xar.config import XARConfig
     from nextblock.xar.model import XAR
     from nextblock.xar.sampler import sample_latents
+    from nextblock.xtra.classifier import Classifier
     from nextblock.xtra.config import XTRAConfig
     from nextblock.xtra.model import XTRA, Encoder
 
 __all__ = [
     "XAR",
     "XTRA",
+    "Classifier",
     "Encoder",
     "ImageFeatures",
     "Ordering",
+    "Preprocessing",
     "ScalePyramid",
     "XARConfig",
+    "XARPipeline",
     "XTRAConfig",
+    "__version__",
     "block_causal_mask",
     "cache_latents",
+    "convert",
     "datasets",
     "demo",
     "doctor",
     "embed",
+    "export",
     "fid",
     "finetune",
     "knn",
@@ -110,6 +128,7 @@ __all__ = [
     "sample_latents",
     "teacher_forcing_mask",
     "train_generator",
+    "visualize",
 ]
 
 

@@ -1,14 +1,15 @@
-"""From the tensors of a foreign file to one of our models, by a table of names.
+"""Between the tensors of a foreign file and those of our models, both ways, by one table of names.
 
-A row of a table is (foreign name pattern, our name, change); `None` as our name drops the tensor on purpose. What no
-row matches, and what our model needs but the file lacks, raises with the whole lists.
+A row says how the others name a tensor, how we do, and how its numbers are laid out there; `None` as our name drops the
+tensor on purpose. What no row matches, and what our model needs but the file lacks, raises with the whole lists.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,75 +19,143 @@ from torch import Tensor, nn
 from nextblock.errors import CheckpointError
 
 Change = Callable[[Tensor, Any], Tensor]
-Table = Sequence[tuple[str, str | None, Change | None]]
+HOLES = {"n": r"\d+", "one_or_two": "[12]", "part": "weight|bias", "any": ".*",
+         "running": "running_mean|running_var|num_batches_tracked"}  # fmt: skip
 
 
-def read_tensors(path: str | Path, wrappers: Sequence[str] = ("state_dict", "module")) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file, read without running code from it (`weights_only=True`).
+@dataclass(frozen=True)
+class Row:
+    """One kind of tensor: `theirs` and `ours` are names with holes, "enc.blocks.{n}.norm{one_or_two}.{part}".
 
-    Takes a bare state dict, or one inside the first of `wrappers` that is there: "state_dict" of a Lightning `.ckpt`,
-    "module" of a DeepSpeed model file.
+    ours: None drops the tensor on purpose. change: their numbers to ours, given the configuration; back: its inverse.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"No such file: {path}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their options beside
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = _first(error)
-        raise CheckpointError(f"{path} is not a PyTorch weights file that can be read safely: {why}") from error
-    for wrapper in wrappers:
-        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise CheckpointError(f"{path} holds no state dict of tensors.")
-    return dict(found)
+
+    theirs: str
+    ours: str | None
+    change: Change | None = None
+    back: Change | None = None
+
+    def translate(self, name: str) -> str | None:
+        """Our name for one of theirs that this row matches; None when it is dropped."""
+        holes = _filled(self.theirs, name)
+        assert holes is not None
+        return None if self.ours is None else self.ours.format(**holes)
 
 
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+Table = Sequence[Row]
 
 
-def find_row(table: Table, name: str) -> tuple[str | None, Change | None] | None:
-    """(our name or None, change) of the row for a foreign name; None when the table has no row for it."""
-    for pattern, ours, change in table:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return (None if ours is None else match.expand(ours)), change
-    return None
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = re.split(r"{(\w+)}", template)
+    return re.compile("".join(f"(?P<{p}>{HOLES[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+
+
+def _filled(template: str, name: str) -> dict[str, str] | None:
+    """What stands in the holes when the name is of this form."""
+    match = _pattern(template).fullmatch(name)
+    return match.groupdict() if match else None
+
+
+def find_row(table: Table, name: str) -> Row | None:
+    """The row for a foreign name; None when the table has none."""
+    return next((row for row in table if _filled(row.theirs, name) is not None), None)
 
 
 def load_by_table(
     model: nn.Module, tensors: Mapping[str, Tensor], table: Table, config: Any, where: str | Path
-) -> None:
-    """Fill the model. Raises CheckpointError listing what is missing, unexpected or of another shape."""
+) -> list[str]:
+    """Fill the model; returns the foreign names that were dropped on purpose.
+
+    Raises CheckpointError listing what is missing, unexpected or of another shape.
+    """
     expected: dict[str, Any] = model.state_dict()
     found: dict[str, Tensor] = {}
+    dropped: list[str] = []
     unexpected: list[str] = []
     misshaped: list[str] = []
     for name, tensor in tensors.items():
         row = find_row(table, name)
-        if row is not None and row[0] is None:
-            continue
-        if row is None or row[0] not in expected:
+        ours = row.translate(name) if row else None
+        if row is not None and ours is None:
+            dropped.append(name)
+        elif row is None or ours is None or ours not in expected:
             unexpected.append(name)
-            continue
-        ours, change = row
-        assert ours is not None
-        shape = tuple(tensor.shape)
-        try:
-            tensor = change(tensor, config) if change else tensor
-            fits = tensor.shape == expected[ours].shape
-        except Exception:
-            fits = False
-        if not fits:
-            misshaped.append(f"{name} {shape}, expected {tuple(expected[ours].shape)} as {ours}")
-        found[ours] = tensor
+        else:
+            changed = _changed(row.change, tensor, config)
+            if changed is None or changed.shape != expected[ours].shape:
+                wanted = tuple(expected[ours].shape)
+                misshaped.append(f"{name} {tuple(tensor.shape)}, expected {wanted} as {ours}")
+            found[ours] = tensor if changed is None else changed
     missing = [name for name in expected if name not in found]
     if missing or unexpected or misshaped:
         raise mismatch(f"{where} does not fit this {type(config).__name__}.", missing, unexpected, misshaped)
     model.load_state_dict(found)
+    return dropped
+
+
+def _changed(change: Change | None, tensor: Tensor, config: Any) -> Tensor | None:
+    """The tensor laid out anew; None when its shape does not allow it."""
+    try:
+        return change(tensor, config) if change else tensor
+    except Exception:  # of einops or torch, for a shape that cannot be
+        return None
+
+
+def foreign_tensors(tensors: Mapping[str, Tensor], table: Table, config: Any) -> dict[str, Tensor]:
+    """The way back: our tensors under their names and in their layout, in the order of the table.
+
+    Raises CheckpointError for a tensor of ours that no row makes.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for row in table:
+            holes = None if row.ours is None else _filled(row.ours, name)
+            if holes is not None:
+                found[row.theirs.format(**holes)] = (row.back(tensor, config) if row.back else tensor).contiguous()
+                break
+        else:
+            raise CheckpointError(f"'{name}' has no counterpart in the official layout.")
+    return found
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> tuple[dict[str, Tensor], str]:
+    """The tensors without the first of `prefixes` that all their names begin with, and that prefix ("" for none)."""
+    prefix = next((p for p in prefixes if tensors and all(name.startswith(p) for name in tensors)), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, prefix
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that stands in the first group of `pattern`, 0 without any."""
+    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
+    return max(found) + 1 if found else 0
+
+
+def require_shapes(tensors: Mapping[str, Tensor], dimensions: Mapping[str, int], told: str) -> None:
+    """Raise CheckpointError unless the tensors from which sizes are read are there, with so many dimensions each."""
+    missing = [name for name in dimensions if name not in tensors]
+    odd = [f"{n} {tuple(tensors[n].shape)}" for n, d in dimensions.items() if n in tensors and tensors[n].ndim != d]
+    if missing or odd:
+        raise mismatch(told, missing, misshaped=odd)
+
+
+def other_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The kinds of number that float32 replaces here, by name; {"*": ...} when all tensors have the same one."""
+    kinds = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if t.is_floating_point()}
+    if len(set(kinds.values())) == 1:
+        (kind,) = set(kinds.values())
+        return {} if kind == "float32" else {"*": kind}
+    return {name: kind for name, kind in kinds.items() if kind != "float32"}
+
+
+def with_dtypes(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
+    """The inverse of `other_dtypes` after conversion to float32."""
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        kind = dtypes.get(name, dtypes.get("*"))
+        return tensor.to(getattr(torch, kind)) if kind and tensor.is_floating_point() else tensor
+
+    return {name: cast(name, tensor) for name, tensor in tensors.items()}
 
 
 def mismatch(

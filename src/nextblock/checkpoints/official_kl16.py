@@ -7,16 +7,15 @@ the same architecture with other names. All sizes, and the levels that have atte
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from nextblock.checkpoints.name_table import mismatch, read_tensors
+from nextblock.checkpoints.foreign_files import read_tensors
+from nextblock.checkpoints.name_table import count, mismatch
 from nextblock.errors import CheckpointError
 from nextblock.vae import Autoencoder
 
@@ -50,7 +49,16 @@ def load_official_kl16(path: str | Path) -> Autoencoder:
     Its scale factor is 0.2325. Raises CheckpointError when the file cannot be read, or tensors are missing, unexpected
     or of another shape; the message lists them.
     """
-    tensors = {name: t for name, t in _read(Path(path)).items() if not name.startswith(_TRAINING_ONLY)}
+    return kl16_of(read_tensors(path, ("model", "state_dict")), path)[0]
+
+
+def kl16_of(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[Autoencoder, list[str]]:
+    """The autoencoder of these official tensors, and the names of those that were dropped on purpose.
+
+    `path` is where they are from. Raises CheckpointError as `load_official_kl16`.
+    """
+    dropped = [name for name in tensors if name.startswith(_TRAINING_ONLY)]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in set(dropped)}
     sizes = _sizes(tensors, path)
     model = _empty(sizes, path)
     expected = dict(model.state_dict())
@@ -71,7 +79,8 @@ def load_official_kl16(path: str | Path) -> Autoencoder:
     if missing or unexpected or misshaped:
         raise mismatch(_OTHER.format(path), missing, unexpected, misshaped)
     model.load_state_dict(found, assign=True)
-    return Autoencoder(model, {"kind": "kl16", "path": str(Path(path).absolute())}, scale_factor=SCALE_FACTOR)
+    about = {"kind": "kl16", "path": str(Path(path).absolute())}
+    return Autoencoder(model, about, scale_factor=SCALE_FACTOR), dropped
 
 
 def official_name(ours: str, levels: int) -> str:
@@ -86,20 +95,20 @@ def official_name(ours: str, levels: int) -> str:
     raise CheckpointError(f"'{ours}' is not a tensor of a KL autoencoder.")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return read_tensors(path, ("model", "state_dict"))
-    if not path.is_file():
-        raise CheckpointError(f"No such file: {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+def kl16_tensors(vae: Autoencoder) -> dict[str, Tensor]:
+    """The way back: the tensors of an autoencoder as the official file names and shapes them."""
+    levels = len(vae.model.config.block_out_channels)
+    found: dict[str, Tensor] = {}
+    for ours, tensor in vae.model.state_dict().items():
+        theirs = official_name(ours, levels)
+        in_attention = re.search(r"attn(_1)?(\.\d+)?\.(q|k|v|proj_out)\.weight$", theirs)
+        found[theirs] = tensor[..., None, None] if in_attention else tensor
+    return found
 
 
 def _sizes(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     """The arguments of AutoencoderKL, as far as the names and shapes of the tensors tell them."""
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    levels = count(tensors, r"encoder\.down\.(\d+)\.")
     telling = ["encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight"]
     telling += [f"encoder.down.{level}.block.0.conv1.weight" for level in range(max(1, levels))]
     missing = [name for name in telling if name not in tensors]
@@ -117,17 +126,12 @@ def _sizes(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
         "block_out_channels": tuple(tensors[name].shape[0] for name in telling[3:]),
         "down_block_types": tuple(kind("DownEncoderBlock2D", "encoder.down", i) for i in range(levels)),
         "up_block_types": tuple(kind("UpDecoderBlock2D", "decoder.up", i) for i in reversed(range(levels))),
-        "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "mid_block_add_attention": any(".mid.attn_1." in name for name in tensors),
         "norm_num_groups": NORM_GROUPS,
         "scaling_factor": SCALE_FACTOR,
     }
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
-    return max(found) + 1 if found else 0
 
 
 def _empty(sizes: Mapping[str, Any], path: str | Path) -> Any:

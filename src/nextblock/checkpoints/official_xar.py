@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from einops import repeat
 from torch import Tensor
 
-from nextblock.checkpoints.name_table import Change, load_by_table, read_tensors
+from nextblock.checkpoints.foreign_files import read_tensors
+from nextblock.checkpoints.name_table import Row, count, load_by_table, require_shapes
+from nextblock.checkpoints.sizes import Sizes, completed, square
 from nextblock.errors import ConfigError
-from nextblock.xar.config import XARConfig
+from nextblock.layers.rope import THETA
+from nextblock.xar.config import PRESETS, XARConfig
 from nextblock.xar.model import XAR
+
+WRAPPERS = ("model_ema", "model", "state_dict")  # of a training file, the averaged weights
+_ROPE = "encoder_blocks.0.attn.rope.freqs"
 
 
 def _raster(table: Tensor, config: XARConfig) -> Tensor:
@@ -17,53 +28,124 @@ def _raster(table: Tensor, config: XARConfig) -> Tensor:
     return table[:, config.entities.sequence.argsort()]
 
 
-def xar_table(depth: int) -> list[tuple[str, str | None, Change | None]]:
+def _sequence(table: Tensor, config: XARConfig) -> Tensor:
+    return table[:, config.entities.sequence]
+
+
+def xar_table(depth: int) -> list[Row]:
     """The rows for a model of `depth` layers: the official halves are counted apart."""
-    table: list[tuple[str, str | None, Change | None]] = [
-        (r"mask", None, None),
-        (r"(?:en|de)coder_blocks\.\d+\.attn\.rope\..*", None, None),
-        (r"encoder_pos_embed_learned", "position1", _raster),
-        (r"decoder_pos_embed_learned", "position2", _raster),
-        (r"class_emb\.weight", "class_embedding.weight", None),
-        (r"time_embed\.mlp\.0\.(weight|bias)", r"time_embedding.fc1.\1", None),
-        (r"time_embed\.mlp\.2\.(weight|bias)", r"time_embedding.fc2.\1", None),
-        (r"z_proj\.(weight|bias)", r"tokens_in.\1", None),
-        (r"z_proj_ln\.weight", "norm_in.weight", None),
-        (r"encoder_norm\.weight", "norm_middle.weight", None),
-        (r"decoder_embed\.(weight|bias)", r"middle.\1", None),
-        (r"decoder_norm\.weight", "norm_out.weight", None),
-        (r"pred\.(weight|bias)", r"tokens_out.\1", None),
+    table = [
+        Row("mask", None),
+        Row("encoder_blocks.{n}.attn.rope.{any}", None),
+        Row("decoder_blocks.{n}.attn.rope.{any}", None),
+        Row("encoder_pos_embed_learned", "position1", _raster, _sequence),
+        Row("decoder_pos_embed_learned", "position2", _raster, _sequence),
+        Row("class_emb.weight", "class_embedding.weight"),
+        Row("time_embed.mlp.0.{part}", "time_embedding.fc1.{part}"),
+        Row("time_embed.mlp.2.{part}", "time_embedding.fc2.{part}"),
+        Row("z_proj.{part}", "tokens_in.{part}"),
+        Row("z_proj_ln.weight", "norm_in.weight"),
+        Row("encoder_norm.weight", "norm_middle.weight"),
+        Row("decoder_embed.{part}", "middle.{part}"),
+        Row("decoder_norm.weight", "norm_out.weight"),
+        Row("pred.{part}", "tokens_out.{part}"),
     ]
-    for half, first, count in (("encoder", 0, depth // 2), ("decoder", depth // 2, depth - depth // 2)):
-        for i in range(count):
-            official, ours = rf"{half}_blocks\.{i}", f"layers.{first + i}"
+    for half, first, layers in (("encoder", 0, depth // 2), ("decoder", depth // 2, depth - depth // 2)):
+        for i in range(layers):
+            theirs, ours = f"{half}_blocks.{i}", f"layers.{first + i}"
             table += [
-                (rf"{official}\.attn\.qkv\.(weight|bias)", rf"{ours}.attn.qkv.\1", None),
-                (rf"{official}\.attn\.proj\.(weight|bias)", rf"{ours}.attn.out.\1", None),
-                (rf"{official}\.mlp\.fc1_g\.(weight|bias)", rf"{ours}.mlp.gate.\1", None),
-                (rf"{official}\.mlp\.fc1_x\.(weight|bias)", rf"{ours}.mlp.value.\1", None),
-                (rf"{official}\.mlp\.fc2\.(weight|bias)", rf"{ours}.mlp.out.\1", None),
-                (rf"{official}\.ada_lin\.1\.(weight|bias)", rf"{ours}.modulation.\1", None),
+                Row(f"{theirs}.attn.qkv.{{part}}", f"{ours}.attn.qkv.{{part}}"),
+                Row(f"{theirs}.attn.proj.{{part}}", f"{ours}.attn.out.{{part}}"),
+                Row(f"{theirs}.mlp.fc1_g.{{part}}", f"{ours}.mlp.gate.{{part}}"),
+                Row(f"{theirs}.mlp.fc1_x.{{part}}", f"{ours}.mlp.value.{{part}}"),
+                Row(f"{theirs}.mlp.fc2.{{part}}", f"{ours}.mlp.out.{{part}}"),
+                Row(f"{theirs}.ada_lin.1.{{part}}", f"{ours}.modulation.{{part}}"),
             ]
     return table
 
 
-def load_official_xar(path: str | Path, config: XARConfig) -> XAR:
+def xar_buffers(config: XARConfig) -> dict[str, Tensor]:
+    """The tensors of an official state dict that are no parameters, made anew: the mask and the tables of RoPE."""
+    entities, side = config.entities.entity, config.width // config.num_heads // 2
+    blocked = torch.where(entities[:, None] >= entities[None, :], 0.0, -torch.inf)
+    found = {"mask": blocked[None, None]}
+    frequencies = 1.0 / (THETA ** (torch.arange(0, side, 2)[: side // 2].float() / side))
+    angles = config.entities.positions.float()[:, :, None] * frequencies  # [N, 2, side / 2]
+    turned = repeat(angles, "n two f -> n (two f pair)", pair=2)
+    for half, layers in (("encoder", config.depth // 2), ("decoder", config.depth - config.depth // 2)):
+        for i in range(layers):
+            rope = f"{half}_blocks.{i}.attn.rope"
+            found |= {
+                f"{rope}.freqs": frequencies,
+                f"{rope}.freqs_cos": turned.cos(),
+                f"{rope}.freqs_sin": turned.sin(),
+            }
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def xar_sizes(
+    tensors: Mapping[str, Tensor], where: object, given: Mapping[str, Any] | None = None, preset: str | None = None
+) -> Sizes:
+    """The fields of XARConfig that official tensors show; the rest from `given`, or from the preset that agrees.
+
+    The width of a head shows in the tables of RoPE, where the file has them. The ordering is cells of 8 in every
+    official file; the tensors do not show it.
+
+    Raises CheckpointError when these are not the tensors of an xAR model, and as `sizes.completed`.
+    """
+    require_shapes(
+        tensors,
+        {
+            "encoder_pos_embed_learned": 3, "z_proj.weight": 2, "class_emb.weight": 2,
+            "encoder_blocks.0.mlp.fc1_g.weight": 2,
+        },
+        f"{where} holds no xAR model in the official layout.",
+    )  # fmt: skip
+    _, tokens, width = tensors["encoder_pos_embed_learned"].shape
+    halves = [count(tensors, rf"{half}_blocks\.(\d+)\.") for half in ("encoder", "decoder")]
+    shown: dict[str, Any] = {
+        "latent_size": square(tokens, "position embeddings", "latent_size", where), "patch_size": 1,
+        "latent_channels": tensors["z_proj.weight"].shape[1], "width": width, "depth": sum(halves),
+        "mlp_ratio": _mlp_ratio(tensors["encoder_blocks.0.mlp.fc1_g.weight"].shape[0], width),
+        "num_classes": tensors["class_emb.weight"].shape[0] - 1,
+    }  # fmt: skip
+    hidden = {"num_heads": ("width", "depth")}
+    rope = tensors.get(_ROPE)
+    if rope is not None and rope.ndim == 1 and len(rope) and width % (4 * len(rope)) == 0:
+        shown["num_heads"] = width // (4 * len(rope))
+        hidden = {}
+    given = {"ordering": "cells", "entity_size": 8} | {k: v for k, v in (given or {}).items() if v is not None}
+    presets = {name: XARConfig.preset(name).to_dict() for name in PRESETS}
+    return completed(shown, hidden, given, presets, preset, where)
+
+
+def _mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio whose two thirds of width make `hidden`, a whole number where one does."""
+    whole = round(hidden * 1.5 / width)
+    return float(whole) if whole and int(width * whole * 2 / 3) == hidden else math.nextafter(hidden * 1.5 / width, 1e9)
+
+
+def load_official_xar(
+    path: str | Path, config: XARConfig | None = None, *, preset: str | None = None, **given: Any
+) -> XAR:
     """An xAR model with the weights of an official checkpoint, in eval mode.
 
     Args:
         path: a bare state dict, or what the official training writes; of that, the averaged weights.
-        config: the sizes; tensors do not show the number of heads, nor the ordering, which is cells of 8 in every
-            official file.
+        config: the sizes, if not those that the file shows. The ordering is cells of 8 in every official file.
+        preset: the named model from which what tensors do not show is taken; the one that agrees by default.
+        given: fields of XARConfig that tensors do not show: num_heads, where the file has no tables of RoPE.
 
     Raises:
         ConfigError: for ordering "scales", whose position embeddings are others than those of a partition.
-        CheckpointError: the file cannot be read, or tensors are missing, unexpected or of another shape; the
-            message lists them.
+        CheckpointError: the file cannot be read, something is not shown and not said, or tensors are missing,
+            unexpected or of another shape; the message lists them.
     """
-    if config.ordering == "scales":
+    if "scales" in (given.get("ordering"), config.ordering if config else None):
         raise ConfigError("official xAR weights are for cells; ordering 'scales' has position embeddings of its own.")
+    tensors = read_tensors(path, WRAPPERS)
+    if config is None:
+        config = XARConfig(**xar_sizes(tensors, path, given, preset).values)
     model = XAR(config)
-    tensors = read_tensors(path, wrappers=("model_ema", "model", "state_dict"))
     load_by_table(model, tensors, xar_table(config.depth), config, path)
     return model.eval()

@@ -6,23 +6,34 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nextblock.errors import CheckpointError, ConfigError
-from nextblock.xar.config import XARConfig
-from nextblock.xar.model import XAR
-from nextblock.xtra.classifier import Classifier, HeadConfig
-from nextblock.xtra.config import XTRAConfig
-from nextblock.xtra.model import XTRA
+from nextblock.checkpoints import custom_code, hub
+from nextblock.checkpoints.hub import FILES
+from nextblock.checkpoints.kinds import KINDS, Model, describe, make
+from nextblock.checkpoints.model_card import plain_card, with_front_matter
+from nextblock.checkpoints.name_table import mismatch
+from nextblock.errors import CheckpointError, ConfigError, nearest
+from nextblock.portable import Portable
+from nextblock.version import __version__
+from nextblock.xtra.classifier import Classifier
+from nextblock.xtra.model import XTRA, Encoder
 
-Model = XTRA | Classifier | XAR
-FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+FORMAT = 1  # raised when an older version of the package could no longer read the folder
+_TRANSFORMERS = {"image_processor_type", "auto_map"}
+# what load_pretrained's config.json holds beside `about`
+_OURS = {"format", "nextblock", "sha256", "model_type", "config", "head", "classes", *custom_code.IN_CONFIG}
+# what wrong values in the files raise; RuntimeError: sizes for which there is no memory
+_UNREADABLE = (ValueError, RecursionError, SafetensorError, ConfigError, KeyError, TypeError, AttributeError,
+               RuntimeError, MemoryError)  # fmt: skip
+Some = TypeVar("Some", bound=Portable)
 
 
 def save_pretrained(
@@ -36,7 +47,7 @@ def save_pretrained(
 
     Args:
         folder: where; made new.
-        model: the whole model: encoder and predictor, encoder and head, or a generator.
+        model: the whole model: encoder and predictor, encoder, encoder and head, head, or a generator.
         preprocessing: plain values that say how an image becomes the model's input.
         card: the model card, Markdown.
         about: what else config.json shall hold, ready for JSON; see `read_about`.
@@ -46,13 +57,18 @@ def save_pretrained(
     beside.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    config = _described(model) | dict(about or {}) | {"sha256": _sha256(beside / "model.safetensors")}
+    told = {"format": FORMAT, "nextblock": __version__, "sha256": _sha256(beside / "model.safetensors")}
+    described = describe(model)
+    for_others = custom_code.for_transformers(described["model_type"])
+    config = described | dict(about or {}) | told | for_others
+    if for_others:
+        (beside / custom_code.FILE).write_text(custom_code.code())
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (beside / "preprocessor_config.json").write_text(json.dumps(dict(preprocessing), indent=2) + "\n")
-    (beside / "README.md").write_text(card)
+    (beside / "README.md").write_text(with_front_matter(card, model))
     shutil.copymode(beside / "README.md", beside / "model.safetensors")  # safetensors lets nobody but the owner read
-    for name in FILES:
-        with open(beside / name, "rb") as file:
+    for path in beside.iterdir():
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
     if folder.exists():
         shutil.rmtree(folder)
@@ -60,53 +76,153 @@ def save_pretrained(
     return folder
 
 
-def _described(model: Model) -> dict[str, Any]:
-    """What config.json says of a model, enough to make one of the same kind and sizes."""
-    described: dict[str, Any] = {"model_type": "xtra", "config": model.config.to_dict()}
-    if isinstance(model, Classifier):
-        head = {"head": model.head_config.to_dict(), "classes": list(model.classes)}
-        return described | {"model_type": "xtra_classifier"} | head
-    return described | {"model_type": "xar"} if isinstance(model, XAR) else described
-
-
-def _made(about: Mapping[str, Any], where: Path) -> Model:
-    """The inverse of `_described`."""
-    if about["model_type"] == "xar":
-        return XAR(XARConfig.from_dict(about["config"]))
-    config = XTRAConfig.from_dict(about["config"])
-    if about["model_type"] == "xtra":
-        return XTRA(config)
-    if about["model_type"] == "xtra_classifier":
-        return Classifier(config, HeadConfig.from_dict(about["head"]), about["classes"])
-    raise CheckpointError(f"{where}/config.json is of a '{about['model_type']}' model, which is unknown here.")
-
-
 def load_pretrained(folder: Path) -> tuple[Model, dict[str, Any]]:
     """The model and its preprocessing values, checked by hash and by name.
 
-    Raises CheckpointError when a file is missing, damaged, or holds other weights than config.json describes.
+    Raises CheckpointError when a file is missing, damaged, written by a newer version, or holds other weights than
+    config.json describes.
     """
+    about = read_about(folder)
     try:
-        about = json.loads((folder / "config.json").read_text())
-        preprocessing: dict[str, Any] = json.loads((folder / "preprocessor_config.json").read_text())
+        preprocessing = read_preprocessing(folder)
         if _sha256(folder / "model.safetensors") != about.get("sha256"):
-            raise CheckpointError(f"{folder}/model.safetensors is damaged: its SHA-256 is not that in config.json.")
-        model = _made(about, folder)
-        load_weights(model, load_file(folder / "model.safetensors"), str(folder))
+            raise CheckpointError(
+                f"{folder}/model.safetensors is damaged: its SHA-256 is not that in config.json. Copy or download the "
+                f"folder again."
+            )
+        tensors = load_file(folder / "model.safetensors")
+        _require_possible(about, tensors, folder)
+        model = make(about, folder)
+        load_weights(model, tensors, str(folder))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a weights folder: {Path(error.filename).name} is missing.") from error
-    except (json.JSONDecodeError, SafetensorError, ConfigError, KeyError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except _UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read as a weights folder: {error}") from error
     return model, preprocessing
 
 
+def _require_possible(about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse sizes for which the file has not numbers enough, before a model of such sizes is made."""
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    sizes = about["config"]
+    width, depth = sizes["width"] if "depth" in sizes else 1, sizes.get("depth", 1)
+    seeds = {name for name in sizes if name.endswith("seed")}
+    largest = max([v for n, v in sizes.items() if isinstance(v, int) and n not in seeds] + [width * width * depth])
+    if not largest <= numbers:
+        raise CheckpointError(
+            f"The weights of {folder} belong to another configuration: they are {numbers:,} numbers, too few for the "
+            f"sizes in config.json."
+        )
+
+
 def read_about(folder: Path) -> dict[str, Any]:
-    """config.json of a weights folder. Raises CheckpointError when it is missing or damaged."""
+    """config.json of a weights folder.
+
+    Raises CheckpointError when it is missing or damaged, or was written by a newer version of the package.
+    """
     try:
-        about: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        about = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a weights folder: config.json is missing.") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a weights folder: no readable config.json ({error}).") from error
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{folder} is not a weights folder: config.json holds no table of names and values.")
+    form = about.get("format", FORMAT)
+    if not isinstance(form, int) or form > FORMAT:
+        raise CheckpointError(
+            f"{folder} was written by a newer nextblock ({about.get('nextblock')}, format {form}); this is "
+            f"{__version__}, which reads format {FORMAT}. Upgrade: pip install --upgrade nextblock."
+        )
     return about
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json of a weights folder; what transformers writes beside the values is left out.
+
+    Raises CheckpointError when it is missing or damaged.
+    """
+    try:
+        values = json.loads((folder / "preprocessor_config.json").read_text())
+        return {name: value for name, value in values.items() if name not in _TRANSFORMERS}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a weights folder: preprocessor_config.json is missing.") from error
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise CheckpointError(f"{folder} has no readable preprocessor_config.json: {error}") from error
+
+
+def find_folder(where: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The weights folder that `where` is, has (a finished run), or names on the hub, which is then fetched.
+
+    A name with a slash is looked for on the hub unless its first part is a folder here; "hf:owner/name" always is.
+    Raises CheckpointError when there is none.
+    """
+    path, name = Path(where).expanduser(), str(where).removeprefix("hf:")
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{where} is a folder here, which has no revisions. Leave out revision.")
+        found = next((p for p in (path / "exported", path) if (p / "config.json").is_file()), None)
+        if found is None:
+            raise CheckpointError(f"{path} is not a weights folder nor a finished run: config.json is missing.")
+        return found
+    asked = str(where) != name
+    if hub.is_hub_name(name) and (asked or not Path(name).parent.is_dir()):
+        return hub.fetch(name, revision=revision, files=FILES, token=token)
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, siblings)
+    raise CheckpointError(
+        f"there is no weights folder at {where}.{hint} Give a folder, or a name on the Hugging Face hub: owner/name."
+    )
+
+
+def open_as(kind: type[Some], where: str | Path, *, revision: str | None = None, token: str | None = None) -> Some:
+    """A model of class `kind` from `find_folder(where)`, in eval mode; the encoder of a larger model where that is
+    asked for. Raises CheckpointError when the folder holds another kind."""
+    folder = find_folder(where, revision, token)
+    about = read_about(folder)
+    model, preprocessing = load_pretrained(folder)
+    found: Any = model.encoder if kind is Encoder and isinstance(model, XTRA | Classifier) else model
+    if not issubclass(type(found), kind):
+        held = KINDS[describe(model)["model_type"]]
+        raise CheckpointError(f"{folder} holds {held}, not {_WANTED.get(kind.__name__, kind.__name__)}.")
+    found.preprocessing = preprocessing
+    found.about = {name: value for name, value in about.items() if name not in _OURS}
+    found.eval()
+    opened: Some = found
+    return opened
+
+
+_WANTED = {
+    "XTRA": "a pre-trained model with its predictor (an encoder alone opens with Encoder.from_pretrained)",
+    "Encoder": "an encoder",
+    "Classifier": "an encoder and a head",
+    "XAR": "a generator",
+}
+
+
+def save_new(folder: str | Path, model: Any, card: str | None = None) -> Path:
+    """`save_pretrained` into a new or empty folder. Raises CheckpointError when there is something in it."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists already and is not overwritten. Choose another folder.")
+    about = dict(model.about or {})
+    preprocessing = model.preprocessing or _default_preprocessing(model)
+    return save_pretrained(folder, model, preprocessing, card or plain_card(model, about), about)
+
+
+def push_model(model: Any, name: str, card: str | None, **options: Any) -> str:
+    """`save_new`, then `hub.push`; returns the address."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_new(Path(scratch) / "weights", model, card)
+        return hub.push(folder, name, files=sorted(path.name for path in folder.iterdir()), **options)
+
+
+def _default_preprocessing(model: Model) -> dict[str, Any]:
+    sizes: Any = model.config
+    side = sizes.image if hasattr(sizes, "image") else sizes.grid
+    return {"size_px": list(side), "channels": getattr(sizes, "channels", 3)}
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -120,9 +236,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         if name in tensors and tensors[name].shape != expected[name].shape
     ]
     if missing or extra or shapes:
-        parts = (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
-        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in parts if names)
-        raise CheckpointError(f"The weights of {where} belong to another configuration. {told}")
+        raise mismatch(f"The weights of {where} belong to another configuration.", missing, extra, shapes)
     model.load_state_dict(dict(tensors))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from nextblock.errors import CheckpointError, ConfigError, nearest
 from nextblock.vae import Autoencoder, Pixels
 
 PIXELS = "pixels"
+RECORD = "nextblock.json"  # beside a VAE that `convert` wrote: where it is from, the hash of its weights
 SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _CLASS = "AutoencoderKL"
@@ -53,13 +55,31 @@ def _open_folder(path: Path) -> Autoencoder:
     try:
         config = json.loads((path / "config.json").read_text())
         kind = config.get("_class_name", _CLASS)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a folder of diffusers' {_CLASS}: it has no readable config.json."
         ) from error
     if kind != _CLASS:
         raise CheckpointError(f"{path} holds {kind}; of diffusers' models only {_CLASS} can be used.")
+    _require_whole(path)
     return _load(str(path), {"path": str(path.absolute())})
+
+
+def _require_whole(path: Path) -> None:
+    """Where there is a record, the weights must have the hash that it tells."""
+    if not (path / RECORD).is_file():
+        return
+    try:
+        hashes = dict(json.loads((path / RECORD).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}/{RECORD} is damaged: {error}. Convert the VAE again.") from error
+    for name, wanted in hashes.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            raise CheckpointError(f"{path} is not whole: {file.name} is missing. Convert the VAE again.")
+        with open(file, "rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != wanted:
+                raise CheckpointError(f"{file} is damaged: its SHA-256 is not that in {RECORD}. Convert it again.")
 
 
 def _fetch(name: str) -> Autoencoder:
@@ -82,7 +102,9 @@ def _load(where: str, about: dict[str, str], **options: Any) -> Autoencoder:
     kind: Any = diffusers.AutoencoderKL
 
     try:
-        model, told = kind.from_pretrained(where, output_loading_info=True, low_cpu_mem_usage=False, **options)
+        model, told = kind.from_pretrained(  # safetensors alone: what else there may be are pickles
+            where, output_loading_info=True, low_cpu_mem_usage=False, use_safetensors=True, **options
+        )
     except Exception as error:  # of many kinds: files, network, JSON, shapes
         why = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(f"the VAE {where} cannot be loaded: {why}") from error

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from nextblock.checkpoints.pretrained import find_folder, read_preprocessing
+from nextblock.data.augment import resize_and_crop
+from nextblock.data.decode import decode
 from nextblock.errors import ConfigError, nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -66,6 +73,32 @@ class Preprocessing:
     def shorter_side_px(self) -> int:
         """`resize_px`, or what its None stands for."""
         return round(max(self.size_px) * 8 / 7) if self.resize_px is None else self.resize_px
+
+    def __call__(self, images: Any) -> Tensor:
+        """Images as the model wants them: resized, centrally cropped, normalised; float32 [B, C, H, W].
+
+        `images` is a file, a Pillow image or uint8 pixels [H, W] or [H, W, C]; or a list of such. Raises SampleError
+        for an image that cannot be read.
+        """
+        several = images if isinstance(images, list | tuple) else [images]
+        if not several:
+            raise ConfigError("no images were given.")
+        pixels = [self._pixels(image, i) for i, image in enumerate(several)]
+        return normalize(torch.from_numpy(np.stack(pixels)), None, self)
+
+    def _pixels(self, image: Any, number: int) -> NDArray[np.uint8]:
+        """uint8 [H, W, C] of one image, at the model's size."""
+        name = str(image) if isinstance(image, str | os.PathLike) else f"image {number}"
+        pixels = decode(image, name, channels=self.channels, exif_orientation=self.exif_orientation)
+        return resize_and_crop(pixels, self.shorter_side_px, self.size_px)
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path, *, revision: str | None = None) -> Preprocessing:
+        """What the weights in a folder, in a finished run, or on the Hugging Face hub expect.
+
+        Raises CheckpointError when there are none.
+        """
+        return cls.from_dict(read_preprocessing(find_folder(where, revision)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_dict` is the inverse."""

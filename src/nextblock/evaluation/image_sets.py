@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from nextblock.data.named.opening import find_layout, spelled
 from nextblock.data.sources import Source, open_source
 from nextblock.data.sources.protocol import Sample
 from nextblock.errors import ConfigError, DataError, SampleError, nearest
-from nextblock.evaluation.npz_files import SAMPLES, KeptStatistics, NpzImages, array_names, read_statistics
+from nextblock.evaluation.npz_files import SAMPLES, UNREADABLE, KeptStatistics, NpzImages, array_names, read_statistics
 
 SAMPLE_RECORD, SAMPLE_IMAGES = "sample.json", "images"  # in the folder of a sampling job
 RUN_RECORD = "config.yaml"  # in the folder of a training job
@@ -105,7 +104,7 @@ def _open_npz(path: Path, scratch: Path) -> ImageSet:
         names = array_names(path)
         kept = read_statistics(path) if {"mu", "sigma"} <= set(names) else None
         source = NpzImages(path, scratch) if SAMPLES in names else None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as an .npz file: {error}. Is it whole?") from error
     if source is None and kept is None:
         raise DataError(

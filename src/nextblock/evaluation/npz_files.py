@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from nextblock.data.sources.protocol import Sample
 from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation.frechet import Statistics
 
+# what NumPy and zipfile raise for a file that is damaged, or made to do harm
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, SyntaxError, RecursionError,
+              MemoryError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # fmt: skip
 SAMPLES = "arr_0"  # of a sample file as ADM's evaluation defined it (arXiv 2105.05233)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from nextblock.data.preprocess import Preprocessing, denormalize
 from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation.inference import device_of, inference
+from nextblock.evaluation.npz_files import UNREADABLE
 from nextblock.layers.patches import entity_images, entity_pixels
 from nextblock.ordering import Ordering
 from nextblock.xtra.model import XTRA
@@ -69,7 +70,7 @@ class Reconstructions:
         try:
             with np.load(path, allow_pickle=False) as file:
                 values: dict[str, Any] = {field.name: file[field.name] for field in dataclasses.fields(cls)}
-        except (OSError, ValueError, KeyError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path} cannot be read as saved reconstructions: {error}") from error
         return cls(**{**values, "normalized_cells": bool(values["normalized_cells"])})
 

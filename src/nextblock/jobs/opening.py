@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextblock.checkpoints.pretrained import load_pretrained, load_weights
+from nextblock.checkpoints.pretrained import find_folder, load_pretrained, load_weights
 from nextblock.data.preprocess import Preprocessing
 from nextblock.errors import CheckpointError, ConfigError, RunError, nearest
 from nextblock.recipes.config import DataConfig, typed
@@ -15,7 +15,10 @@ from nextblock.training.launch import pick_device
 from nextblock.training.run_folder import job_of, read_config
 from nextblock.xar.model import XAR
 from nextblock.xtra.classifier import Classifier
+from nextblock.xtra.heads import AttentiveHeads, LinearHeads
 from nextblock.xtra.model import XTRA, Encoder
+
+HUB = "hf:"
 
 
 @dataclass
@@ -52,14 +55,15 @@ def open_model(run: str | Path, device: str = "auto") -> Opened:
     """
     model, preprocessing, where = _open(Path(run), device)
     if not isinstance(model, XTRA):
-        raise RunError(f"{where} holds an encoder and a head; this needs a pre-trained model with its predictor.")
+        held = "an encoder and a head" if isinstance(model, Classifier) else "an encoder alone"
+        raise RunError(f"{where} holds {held}; this needs a pre-trained model with its predictor.")
     return Opened(model, preprocessing, where)
 
 
 def open_encoder(run: str | Path, device: str = "auto") -> OpenedEncoder:
     """The encoder of whatever `open_model` or `open_classifier` can open."""
     model, preprocessing, where = _open(Path(run), device)
-    return OpenedEncoder(model.encoder, preprocessing, where)
+    return OpenedEncoder(model if isinstance(model, Encoder) else model.encoder, preprocessing, where)
 
 
 def open_classifier(run: str | Path, device: str = "auto") -> OpenedClassifier:
@@ -73,12 +77,16 @@ def open_classifier(run: str | Path, device: str = "auto") -> OpenedClassifier:
     return OpenedClassifier(model, preprocessing, where)
 
 
-def _open(path: Path, device: str) -> tuple[XTRA | Classifier, Preprocessing, Path]:
+def _open(path: Path, device: str) -> tuple[XTRA | Classifier | Encoder, Preprocessing, Path]:
     weights = weights_in(path)
     if weights:
         model, values = load_pretrained(weights)
         if isinstance(model, XAR):
             raise _no_encoder(path)
+        if isinstance(model, LinearHeads | AttentiveHeads):
+            raise RunError(
+                f"{path} holds a head without an encoder. Put it on one: nextblock convert FILE --encoder RUN --to DIR"
+            )
         return model.to(pick_device(device)).eval(), Preprocessing.from_dict(values), weights
     stored = read_config(path)
     job = job_of(stored)
@@ -96,11 +104,17 @@ def _open(path: Path, device: str) -> tuple[XTRA | Classifier, Preprocessing, Pa
 def weights_in(path: Path) -> Path | None:
     """The folder of exported weights that `path` is or, being a finished run, has; None while a run still goes.
 
-    Raises RunError, naming the nearest, when there is no such folder.
+    "hf:owner/name" is fetched from the Hugging Face hub. Raises RunError, naming the nearest, when there is no such
+    folder.
     """
+    if str(path).startswith(HUB):
+        return find_folder(str(path))
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise RunError(f"No run or weights folder at {path}.{nearest(path.name, siblings)}")
+        hint = nearest(path.name, siblings)
+        if not hint and len(path.parts) == 2 and not path.is_absolute():
+            hint = f" For weights on the Hugging Face hub write {HUB}{path}."
+        raise RunError(f"No run or weights folder at {path}.{hint}")
     return next((p for p in (path / "exported", path) if (p / "config.json").is_file()), None)
 
 

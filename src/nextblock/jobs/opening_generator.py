@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nextblock.checkpoints.kinds import KINDS
 from nextblock.checkpoints.pretrained import load_pretrained, load_weights, read_about
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.data.preprocess import Preprocessing
@@ -89,13 +90,21 @@ def open_decoder(identity: Mapping[str, Any], vae: str | Path | None = None) -> 
     return found
 
 
-def initial_generator(where: str | Path, model: XAR) -> None:
+def initial_generator(where: str | Path, model: XAR, vae: Mapping[str, Any]) -> None:
     """Load `model`, in place, with the weights (averaged where there are such) of a run or weights folder.
 
-    Raises CheckpointError when the sizes differ.
+    Args:
+        vae: identity of what makes the latents that `model` is to learn.
+
+    Raises CheckpointError when the sizes or the VAE differ, RunError when no generator is there.
     """
-    other, _, place, _ = _open(Path(where), "ema")
-    take_weights(model, other, FREE_ON_INIT, place)
+    other, _, place, about = _open(Path(where), "ema")
+    take_weights(model, other, FREE_ON_INIT, place)  # first: of two sizes one should hear before the VAE
+    if not same_vae(about["vae"], vae):
+        raise CheckpointError(
+            f"{place} is of another VAE than the training data: {_told(about['vae'])} there, {_told(vae)} here. Start "
+            f"from a generator of this VAE, or leave out --init_from."
+        )
 
 
 def _open(path: Path, weights: Weights) -> tuple[XAR, Preprocessing, Path, dict[str, Any]]:
@@ -105,11 +114,12 @@ def _open(path: Path, weights: Weights) -> tuple[XAR, Preprocessing, Path, dict[
     about = read_about(exported)
     if about.get("model_type") == "xar" and "generator" not in about:
         raise CheckpointError(
-            f"{exported}/config.json does not say what decodes these latents. Save such weights with "
-            f'save_pretrained(..., about={{"generator": {{"vae": open_vae(...).identity(), "classes": [...], '
-            f'"image_size_px": [...], "channels": 3, "weights": "raw"}}}}).'
+            f"{exported}/config.json does not say what decodes these latents. Set it before saving: model.about = "
+            f'{{"generator": {{"vae": open_vae(...).identity(), "classes": [...], "image_size_px": [...], '
+            f'"channels": 3, "weights": "raw"}}}}; for official weights, nextblock convert does.'
         )
-    _require_generator(path, {"xar": "train-generator", "xtra": "pretrain"}.get(about.get("model_type", ""), "probe"))
+    if about.get("model_type") != "xar":
+        raise _no_generator(path, KINDS.get(str(about.get("model_type")), "something else"))
     if weights == "raw" and about["generator"]["weights"] != "raw":
         exported = exported.with_name("exported_raw")
         if not (exported / "config.json").is_file():
@@ -123,7 +133,8 @@ def _open(path: Path, weights: Weights) -> tuple[XAR, Preprocessing, Path, dict[
 def _of_checkpoint(path: Path, weights: Weights) -> tuple[XAR, Preprocessing, Path, dict[str, Any]]:
     """Of a run that is still going."""
     stored = read_config(path)
-    _require_generator(path, job_of(stored))
+    if job_of(stored) != "train-generator":
+        raise _no_generator(path, JOBS[job_of(stored)])
     config = typed_generator(stored)
     about = json.loads((path / "environment.json").read_text())["generator"]
     where, state = newest_checkpoint(path / "checkpoints")
@@ -134,14 +145,15 @@ def _of_checkpoint(path: Path, weights: Weights) -> tuple[XAR, Preprocessing, Pa
     return model, preprocessing, where, about | {"weights": "ema" if averaged else "raw"}
 
 
-def _require_generator(path: Path, job: str) -> None:
-    if job != "train-generator":
-        what = "a classifier" if job == "probe" else JOBS[job]
-        raise RunError(
-            f"{path} is {what}: an encoder, which makes no images. Train a generator first: nextblock train-generator."
-        )
+def _no_generator(path: Path, what: str) -> RunError:
+    return RunError(
+        f"{path} is {what}, which makes no images. The weights must be those of a generator: name a run of nextblock "
+        f"train-generator, or what it exported."
+    )
 
 
 def _told(identity: Mapping[str, Any]) -> str:
+    if identity["kind"] == "pixels":
+        return "pixels"
     sha256 = str(identity.get("sha256"))[:12]
     return f"{identity.get('latent_channels')} channels, scale {identity.get('scale_factor')}, SHA-256 {sha256}..."

@@ -12,16 +12,16 @@ from nextblock.data.stream import BadSample
 from nextblock.errors import ConfigError, DataError, RunError
 
 
-def new_file(path: str | Path, suffixes: Sequence[str]) -> Path:
+def new_file(path: str | Path, suffixes: Sequence[str], option: str = "--out") -> Path:
     """`path`, when a file can be made there. Raises ConfigError for another ending, RunError when it exists or its
     folder does not."""
     path = Path(path)
     if path.suffix not in suffixes:
-        raise ConfigError(f"--out must end in {' or '.join(suffixes)}; got {path.name}.")
+        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}; got {path.name}.")
     if path.exists():
-        raise RunError(f"{path} exists already and is not overwritten. Choose another --out.")
+        raise RunError(f"{path} exists already and is not overwritten. Choose another {option}.")
     if not path.parent.is_dir():
-        raise RunError(f"The folder {path.parent} does not exist. Make it, or choose another --out.")
+        raise RunError(f"The folder {path.parent} does not exist. Make it, or choose another {option}.")
     return path
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -90,6 +91,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+# what a file raises that is no checkpoint of ours, whatever its hash
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, pickle.UnpicklingError, EOFError)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state, after its hash has been checked. Raises CheckpointError when it is damaged."""
     try:
@@ -99,8 +104,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if digest != about["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one recorded when it was saved.")
         state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except _UNREADABLE as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is damaged: {why}") from error
     return state
 
 

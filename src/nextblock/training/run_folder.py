@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from nextblock.data.decode import EXTENSIONS
 from nextblock.data.stream import BadSample
 from nextblock.errors import DataError, RunError, nearest
 from nextblock.training.checkpoint import save_checkpoint
@@ -109,11 +111,24 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.yaml"
     if not file.is_file():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir() and p != path] if path.parent.is_dir() else []
-        what = "holds no config.yaml, so it is not a run folder" if path.is_dir() else "does not exist"
+        what = _instead_of_a_run(path) if path.is_dir() else "does not exist"
         advice = nearest(path.name, siblings) or " Name the folder of a run; images are given as options."
         raise RunError(f"{path} {what}.{advice}")
-    values: dict[str, Any] = yaml.safe_load(file.read_text())
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{file} holds no sections of values, so {path} is not a run folder.")
     return values
+
+
+def _instead_of_a_run(path: Path) -> str:
+    """What a folder without config.yaml is: of images, where it or a folder in it holds one."""
+    names = (name for pattern in ("*", "*/*") for name in path.glob(pattern))
+    if any(name.suffix.lower() in EXTENSIONS for name in islice(names, 1000)):
+        return "is a folder of images, not a run"
+    return "holds no config.yaml, so it is not a run folder"
 
 
 def job_of(stored: dict[str, Any]) -> str:

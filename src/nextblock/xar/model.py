@@ -19,6 +19,7 @@ from nextblock.layers.patches import patchify
 from nextblock.layers.rope import axial_angles, rotation
 from nextblock.mask import block_causal_mask, teacher_forcing_mask
 from nextblock.ordering import Ordering
+from nextblock.portable import Portable
 from nextblock.xar.config import XARConfig
 from nextblock.xar.layers import NORM_EPS, Steering, TimeEmbedding, XARLayer
 from nextblock.xar.objective import draw_times, entity_loss
@@ -51,7 +52,7 @@ def initialize(module: nn.Module) -> None:
             nn.init.normal_(part.position2, std=INIT_STD)
 
 
-class XAR(nn.Module):
+class XAR(Portable, nn.Module):
     """The generator. `loss` trains it; `sampler.sample_latents` makes images with it.
 
     Position embeddings are stored by patch coordinate (raster order; scale after scale for a pyramid).

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nextblock.errors import ConfigError
+from nextblock.portable import Portable
 from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.heads import HeadKind, make_heads
 from nextblock.xtra.model import Encoder
@@ -104,7 +105,7 @@ class HeadConfig:
         return cls(**{**values, "layers": LayerMean(**values["layers"])})
 
 
-class Classifier(nn.Module):
+class Classifier(Portable, nn.Module):
     """Encoder and one head: normalised images [B, C, H, W] -> logits [B, classes].
 
     `classes` are the names by number. Raises ConfigError when head and encoder do not fit.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from nextblock.errors import ConfigError
 from nextblock.layers.patches import entity_pixels, patchify, resized_positions
 from nextblock.layers.transformer import MLP, NORM_EPS, Transformer
 from nextblock.mask import block_causal_mask
-from nextblock.ordering import Ordering
+from nextblock.ordering import Ordering, as_pair
+from nextblock.portable import Portable
 from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.objective import next_entity_loss, normalize_cells
 
@@ -72,7 +74,7 @@ class _OnGrid(nn.Module):
         return mask[:tokens, :tokens].contiguous()
 
 
-class Encoder(_OnGrid):
+class Encoder(Portable, _OnGrid):
     """A vision transformer under a block-causal mask; what remains after pre-training.
 
     A token sees its own cell and earlier cells only, after training too (as in the published probes), unless
@@ -111,6 +113,28 @@ class Encoder(_OnGrid):
                 total = x if total is None else total + x
         assert total is not None
         return _raster(total / last_layers, ordering)
+
+    def feature_map(
+        self, images: Tensor, last_layers: int = 1, *, bidirectional: bool = False, pad: bool = False
+    ) -> Tensor:
+        """`features` as a picture, for detection, segmentation and other dense tasks: [B, D, h, w].
+
+        Args:
+            images: [B, C, H, W], normalised; of any size whose cells fit (with `bidirectional`, whose patches fit).
+            last_layers: mean over the outputs of so many last layers, before the final norm.
+            bidirectional: no mask: every place of the map knows the whole image.
+            pad: take any size: zeros (the mean colour) are added below and on the right until it fits, and the map is
+                cut to the patches that hold pixels of the image: h = ceil(H / patch height), w likewise.
+
+        Raises ConfigError when the size does not fit and `pad` is not set.
+        """
+        height, width = images.shape[-2:]
+        (p, q), (k, m) = self.config.patch, (1, 1) if bidirectional else as_pair(self.config.cell_size, "cell_size")
+        if pad:
+            images = F.pad(images, (0, -width % (q * m), 0, -height % (p * k)))
+        x = self.features(images, last_layers, bidirectional=bidirectional)
+        x = rearrange(x, "b (h w) d -> b d h w", h=images.shape[-2] // p)
+        return x[:, :, : -(-height // p), : -(-width // q)]
 
     def ordering_for(self, images: Tensor, bidirectional: bool = False) -> Ordering:
         """The raster-order cells of these images; patches when nothing is masked."""
@@ -167,7 +191,7 @@ class Predictor(_OnGrid):
         return out
 
 
-class XTRA(nn.Module):
+class XTRA(Portable, nn.Module):
     """The whole pre-training model. `encoder` is what one keeps."""
 
     def __init__(self, config: XTRAConfig) -> None:

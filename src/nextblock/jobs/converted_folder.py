@@ -1,0 +1,175 @@
+"""What `convert` writes: the weights folder of an official model, and the official file of a weights folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextblock.checkpoints.model_card import plain_card
+from nextblock.checkpoints.pretrained import load_pretrained, read_about, save_pretrained
+from nextblock.checkpoints.recognise import OFFICIAL, Asked, Recognised, official_file, official_tensors, with_encoder
+from nextblock.checkpoints.vae_files import RECORD, open_vae
+from nextblock.data.named.imagenet import NUM_CLASSES, imagenet_classes
+from nextblock.data.preprocess import Preprocessing
+from nextblock.errors import CheckpointError, ConfigError, RunError
+from nextblock.jobs.opening import open_encoder, weights_in
+from nextblock.jobs.output import written_whole
+from nextblock.vae import Autoencoder, Pixels
+from nextblock.xar.model import XAR
+from nextblock.xtra.classifier import Classifier
+from nextblock.xtra.heads import AttentiveHeads, LinearHeads
+
+IMAGENET = "imagenet"
+# the VAE of the official xAR files, where none was named; its hash is then not known
+_KL16: dict[str, Any] = {
+    "kind": "kl16", "sha256": None, "image_channels": 3, "latent_channels": 16, "factor": 16, "scale_factor": 0.2325,
+    "shift_factor": 0.0,
+}  # fmt: skip
+
+
+def class_names(given: str | Path | Sequence[str] | None, count: int) -> list[str]:
+    """Names by number: as given, ImageNet's for 1000 classes, else the numbers.
+
+    Raises ConfigError for a file that is not there, or another count.
+    """
+    if given is None and count != NUM_CLASSES:
+        return [str(i) for i in range(count)]
+    if given is None or str(given) == IMAGENET:
+        names = list(imagenet_classes().values())
+    elif isinstance(given, str | Path):
+        if not Path(given).is_file():
+            raise ConfigError(f"No such file: {given}. --classes takes a file with a name in each line, or {IMAGENET}.")
+        names = [line.strip() for line in Path(given).read_text().splitlines() if line.strip()]
+    else:
+        names = list(given)
+    if len(names) != count:
+        raise ConfigError(f"the model has {count} classes; --classes names {len(names)}.")
+    return names
+
+
+def write_folder(
+    found: Recognised,
+    folder: Path,
+    source: Path,
+    asked: Asked,
+    *,
+    vae: str | Path | None,
+    classes: str | Path | Sequence[str] | None,
+    encoder: str | Path | None,
+) -> str:
+    """Write the weights folder; returns the kind of what it holds. Raises as `jobs.convert.convert`."""
+    origin = f"{OFFICIAL[found.kind]}, official file {source.name}, SHA-256 {_sha256(official_file(source))}"
+    about: dict[str, Any] = {"origin": origin, "official": found.layout}
+    model: Any = found.model
+    if isinstance(model, Autoencoder):
+        _write_vae(model, folder, about)
+        return found.kind
+    if isinstance(model, XAR):
+        about["generator"], preprocessing = _generator(
+            model, asked, vae, class_names(classes, model.config.num_classes)
+        )
+        card = plain_card(model, about)
+    else:
+        model, preprocessing = _encoder_or_head(model, asked, classes, encoder)
+        card = plain_card(model, about)
+    save_pretrained(folder, model, preprocessing, card, about)
+    return found.kind if model is found.model else "xtra_classifier"
+
+
+def _encoder_or_head(
+    model: Any, asked: Asked, classes: str | Path | Sequence[str] | None, encoder: str | Path | None
+) -> tuple[Any, dict[str, Any]]:
+    """The model, a head put on its encoder, and the preprocessing values."""
+    if isinstance(model, LinearHeads | AttentiveHeads):
+        if encoder is None:
+            return model, {}
+        opened = open_encoder(encoder, "cpu")
+        model = with_encoder(model, opened.encoder, asked)
+        model.classes = tuple(class_names(classes, len(model.classes)))
+        return model, opened.preprocessing.to_dict()
+    if encoder is not None:
+        raise ConfigError("--encoder is for a head that comes without one; this file has its own. Leave it out.")
+    if isinstance(model, Classifier):
+        model.classes = tuple(class_names(classes, len(model.classes)))
+    config = model.config
+    return model, Preprocessing(config.image, channels=config.channels).to_dict()
+
+
+def _generator(
+    model: XAR, asked: Asked, vae: str | Path | None, classes: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json says of a generator beside its sizes, and the preprocessing values."""
+    decoder = None if vae is None else open_vae(vae)
+    if isinstance(decoder, Pixels):
+        raise ConfigError("official xAR weights make latents, not pixels: --vae names what decodes them.")
+    identity: Mapping[str, Any] = _KL16 if decoder is None else decoder.identity()
+    if identity["latent_channels"] != model.config.latent_channels:
+        raise CheckpointError(
+            f"{vae or 'KL-16'} decodes latents of {identity['latent_channels']} channels; this generator makes "
+            f"{model.config.latent_channels}. Name its VAE with --vae."
+        )
+    height, width = (side * identity["factor"] for side in model.config.latent)
+    channels = identity["image_channels"]
+    half = (0.5,) * channels
+    values = Preprocessing((height, width), resize_px=min(height, width), channels=channels, mean=half, std=half)
+    about = {
+        "vae": dict(identity), "classes": classes, "image_size_px": [height, width], "channels": channels,
+        "weights": asked.weights,
+    }  # fmt: skip
+    return about, values.to_dict()
+
+
+def _write_vae(vae: Autoencoder, folder: Path, about: Mapping[str, Any]) -> None:
+    """A folder of diffusers' AutoencoderKL, whole or not at all, with a record of its weights' hash."""
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    vae.model.register_to_config(scaling_factor=vae.scale_factor)
+    vae.model.save_pretrained(beside)
+    weights = beside / "diffusion_pytorch_model.safetensors"
+    record = {**about, "sha256": {weights.name: _sha256(weights)}}
+    (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (beside / "README.md").write_text(
+        "---\nlibrary_name: diffusers\n---\n\n# KL-16 autoencoder (MAR, arXiv 2406.11838)\n\n"
+        f"- from: {about['origin']}\n- latents: {vae.latent_channels} channels, 1/{vae.factor} of the image's sides, "
+        f"scale factor {vae.scale_factor}\n\n```python\nimport nextblock\n\n"
+        'vae = nextblock.open_vae("PATH_TO_THIS_FOLDER")\n```\n'
+    )
+    if folder.is_dir():
+        folder.rmdir()
+    beside.rename(folder)
+
+
+def write_official(source: Path, target: Path) -> tuple[str, int]:
+    """The official file of a run, a weights folder, or a folder of KL-16; returns the kind and the number of tensors.
+
+    Raises CheckpointError or RunError.
+    """
+    model: Any
+    if (source / RECORD).is_file():
+        about = json.loads((source / RECORD).read_text())
+        model = open_vae(source)
+    else:
+        folder = weights_in(source)
+        if folder is None:
+            raise RunError(f"{source} is not finished. Continue it with --resume first.")
+        about = read_about(folder)
+        model, _ = load_pretrained(folder)
+    layout = about.get("official", {})
+    tensors = official_tensors(model, layout)
+    kind = str(layout.get("kind") or about["model_type"])
+    usual = {"xar": None, "kl16": "model"}.get(kind, "state_dict")
+    wrapper = layout.get("wrapper", usual)
+    with written_whole(target) as beside:
+        torch.save({wrapper: tensors} if wrapper else tensors, beside)
+    return kind, len(tensors)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,294 @@
+"""Official files to weights folders and back: the golden numbers after the way through our format, identical bytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from close import assert_close
+from nextblock import XAR, XTRA, Classifier, Encoder, XTRAConfig, convert, open_generator, sample_latents
+from nextblock.checkpoints.pretrained import load_pretrained
+from nextblock.checkpoints.recognise import official_tensors
+from nextblock.cli import main
+from nextblock.errors import CheckpointError, ConfigError, RunError
+from nextblock.ordering import Ordering
+from nextblock.vae import Autoencoder
+from nextblock.xtra.classifier import HeadConfig, LayerMean
+from small_kl16 import official_state, write_kl16
+
+DATA = Path(__file__).parents[1] / "data"
+XTRA_CASES = ["base", "l1", "lookahead2", "pseudo_random", "rawpix"]
+
+
+def inner(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a golden file, whatever is around them."""
+    found = torch.load(path, weights_only=True)
+    for wrapper in ("state_dict", "model"):
+        found = found.get(wrapper, found)
+    return dict(found)
+
+
+def assert_identical(found: Path, wanted: dict[str, torch.Tensor]) -> None:
+    tensors = inner(found)
+    assert set(tensors) == set(wanted)
+    for name, tensor in wanted.items():
+        assert tensors[name].dtype == tensor.dtype, name
+        assert tensors[name].shape == tensor.shape, name
+        assert (
+            tensors[name].contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
+        )
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    return {k: torch.from_numpy(v) for k, v in np.load(DATA / f"{name}.npz").items()}
+
+
+@pytest.mark.parametrize("case", XTRA_CASES)
+def test_xtra_golden_numbers_after_the_way_through_our_format(case: str, tmp_path: Path) -> None:
+    sizes = json.loads((DATA / f"xtra_{case}.json").read_text())
+    done = convert(
+        file=DATA / f"xtra_{case}.ckpt", to=tmp_path / "ours", num_heads=sizes["num_heads"],
+        predictor_heads=sizes["pred_heads"], quiet=True,
+    )  # fmt: skip
+    assert done.kind == "xtra"
+    assert done.origin["num_heads"] == "you"
+    assert done.origin["width"] == "the file"
+    model, numbers = XTRA.from_pretrained(tmp_path / "ours").double(), golden(f"xtra_{case}")
+    images = numbers["images"].double()
+    with torch.no_grad():
+        assert_close(model.encoder(images), numbers["encoder_tokens"], 1e-6)
+        if case != "pseudo_random":  # whose predictions are made in another order
+            assert_close(model.predict(images), numbers["predictions"], 1e-6)
+        assert_close(Encoder.from_pretrained(tmp_path / "ours").double()(images), numbers["encoder_tokens"], 1e-6)
+    convert(file=tmp_path / "ours", to=tmp_path / "back.ckpt", to_official=True, quiet=True)
+    assert_identical(tmp_path / "back.ckpt", inner(DATA / f"xtra_{case}.ckpt"))
+
+
+def test_the_golden_loss_needs_no_size_but_the_heads(tmp_path: Path) -> None:
+    convert(file=DATA / "xtra_base.ckpt", to=tmp_path / "ours", num_heads=3, predictor_heads=4, quiet=True)
+    model, numbers = XTRA.from_pretrained(tmp_path / "ours").double(), golden("xtra_base")
+    assert_close(model.loss(numbers["images"].double()), numbers["loss"], 1e-6)
+
+
+def test_xar_golden_numbers_after_the_way_through_our_format(tmp_path: Path) -> None:
+    done = convert(file=DATA / "xar_cell8.pth", to=tmp_path / "ours", quiet=True)
+    assert done.origin["num_heads"] == "the file"  # the tables of RoPE show the width of a head
+    assert "mask" in done.dropped
+    model, numbers = XAR.from_pretrained(tmp_path / "ours"), golden("xar_cell8")
+    name = "sample_em_steps6_cfg2.7"
+    found = sample_latents(
+        model, numbers["labels"], steps=6, guidance=2.7, solver="euler_maruyama", draws=list(numbers[f"{name}/draws"])
+    )
+    assert_close(found, numbers[name], 1e-4)
+    convert(file=tmp_path / "ours", to=tmp_path / "back.pth", to_official=True, quiet=True)
+    assert_identical(tmp_path / "back.pth", inner(DATA / "xar_cell8.pth"))
+
+
+def test_a_training_file_of_xar_has_averaged_and_last_weights(tmp_path: Path) -> None:
+    bare = inner(DATA / "xar_cell8.pth")
+    last = {name: value + 1 if value.is_floating_point() else value for name, value in bare.items()}
+    beside = {"epoch": 3, "args": argparse.Namespace(lr=1.0), "optimizer": {"state": {}, "param_groups": []}}
+    torch.save({"model": last, "model_ema": bare, **beside}, tmp_path / "c.pth")
+    for weights, wanted in (("ema", bare), ("raw", last)):
+        folder = tmp_path / weights
+        convert(file=tmp_path / "c.pth", to=folder, weights=weights, quiet=True)  # type: ignore[arg-type]
+        model = XAR.from_pretrained(folder)
+        assert torch.equal(model.class_embedding.weight, wanted["class_emb.weight"])
+        assert model.about is not None
+        assert model.about["generator"]["weights"] == weights
+
+
+def test_kl16_golden_numbers_after_the_way_through_our_format(tmp_path: Path) -> None:
+    from nextblock import open_vae
+
+    state = official_state() | {"loss.discriminator.weight": torch.zeros(3)}
+    torch.save({"model": state}, tmp_path / "kl16.ckpt")
+    done = convert(file=tmp_path / "kl16.ckpt", to=tmp_path / "vae", quiet=True)
+    assert done.kind == "kl16"
+    assert done.dropped == ["loss.discriminator.weight"]
+    vae, numbers = open_vae(tmp_path / "vae"), golden("kl16_small")
+    assert isinstance(vae, Autoencoder)
+    assert vae.scale_factor == 0.2325
+    assert_close(vae.moments(numbers["images"]), numbers["moments"], 1e-4)
+    assert_close(vae.decode_raw(numbers["moments"].chunk(2, 1)[0]), numbers["decoded"], 1e-4)
+    convert(file=tmp_path / "vae", to=tmp_path / "back.ckpt", to_official=True, quiet=True)
+    assert_identical(tmp_path / "back.ckpt", official_state())
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="damaged: its SHA-256"):
+        open_vae(tmp_path / "vae")
+
+
+def test_a_generator_with_its_vae_makes_images_from_the_shell(tmp_path: Path, capsys: Any) -> None:
+    vae = write_kl16(tmp_path / "kl16.ckpt")
+    assert main(["convert", str(DATA / "xar_cell8.pth"), "--to", str(tmp_path / "ours"), "--vae", str(vae)]) == 0
+    told = capsys.readouterr().out
+    assert "an xAR generator" in told
+    assert f"nextblock sample {tmp_path / 'ours'}" in told
+    opened = open_generator(tmp_path / "ours", device="cpu")
+    assert opened.classes[207] == "golden retriever"
+    assert opened.about["image_size_px"] == [16 * opened.decoder.factor] * 2
+    args = ["sample", str(tmp_path / "ours"), "--classes", "tabby", "--n", "1", "--steps", "1"]
+    assert main([*args, "--out", str(tmp_path / "made"), "--device", "cpu"]) == 0
+    assert list((tmp_path / "made").rglob("*.png"))
+
+
+def test_without_its_vae_a_generator_says_what_to_name(tmp_path: Path) -> None:
+    convert(file=DATA / "xar_cell8.pth", to=tmp_path / "ours", quiet=True)
+    with pytest.raises(CheckpointError, match="--vae"):
+        open_generator(tmp_path / "ours", device="cpu")
+    opened = open_generator(tmp_path / "ours", vae=write_kl16(tmp_path / "kl16.ckpt"), device="cpu")
+    assert isinstance(opened.decoder, Autoencoder)
+
+
+def test_the_attentive_probe_alone_and_on_its_encoder(tmp_path: Path) -> None:
+    sizes = json.loads((DATA / "attentive_probe.json").read_text())
+    numbers = golden("attentive_probe")
+    done = convert(file=DATA / "attentive_probe.ckpt", to=tmp_path / "head", head_heads=sizes["num_heads"], quiet=True)
+    assert done.kind == "xtra_head"
+    head: Any = load_pretrained(tmp_path / "head")[0]
+    (logits,) = head.eval()(numbers["tokens"])  # with the running statistics in the file
+    assert_close(logits, numbers["eval_logits"], 1e-4)
+    (logits,) = head.train()(numbers["tokens"])
+    assert_close(logits, numbers["train_logits"], 1e-4)
+    convert(file=tmp_path / "head", to=tmp_path / "back.ckpt", to_official=True, quiet=True)
+    assert_identical(tmp_path / "back.ckpt", inner(DATA / "attentive_probe.ckpt"))
+    Encoder(_config()).save_pretrained(tmp_path / "encoder")
+    on_encoder = convert(
+        file=DATA / "attentive_probe.ckpt", to=tmp_path / "both", encoder=tmp_path / "encoder", last_layers=2,
+        head_heads=sizes["num_heads"], quiet=True,
+    )  # fmt: skip
+    assert on_encoder.kind == "xtra_classifier"
+    model = Classifier.from_pretrained(tmp_path / "both")
+    assert torch.equal(model.head.query, load_pretrained(tmp_path / "head")[0].query)
+    assert model.classes == ("0", "1", "2", "3", "4")
+
+
+def _config(**changes: Any) -> XTRAConfig:
+    values = {"image_size_px": 16, "patch_size_px": 4, "cell_size": 2, "width": 48, "depth": 3, "num_heads": 4}
+    return XTRAConfig(**(values | {"head_hidden": 8} | changes))
+
+
+@pytest.mark.parametrize("kind", ["linear", "attentive", "linear without BatchNorm"])
+def test_a_classifier_comes_back(kind: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    head = HeadConfig(kind.split()[0], LayerMean(3, 3), num_heads=4)
+    model = Classifier(_config(), head, [str(i) for i in range(5)])
+    wanted = official_tensors(model, {"batch_norm": "without" not in kind})
+    torch.save({"state_dict": wanted, "hyper_parameters": {"lr": 1e-3}}, tmp_path / "c.ckpt")
+    assert ("classifier.weight" in wanted) == ("without" in kind)
+    done = convert(
+        file=tmp_path / "c.ckpt", to=tmp_path / "ours", num_heads=4, cell_size=[2], head_heads=4, last_layers=1,
+        quiet=True,
+    )  # fmt: skip
+    assert done.kind == "xtra_classifier"
+    images = torch.rand(2, 3, 16, 16)
+    again = Classifier.from_pretrained(tmp_path / "ours")
+    assert_close(again(images), model.eval()(images), 1e-6)
+    convert(file=tmp_path / "ours", to=tmp_path / "back.ckpt", to_official=True, quiet=True)
+    assert_identical(tmp_path / "back.ckpt", wanted)
+
+
+@pytest.mark.parametrize("wrapping", ["module.", "_forward_module.", "module", "half"])
+def test_what_trainers_put_around_the_tensors(wrapping: str, tmp_path: Path) -> None:
+    wanted = inner(DATA / "xtra_base.ckpt")
+    if wrapping.endswith("."):
+        wanted = {wrapping + name: value for name, value in wanted.items()}
+    if wrapping == "half":
+        wanted = {name: value.half() for name, value in wanted.items()}
+    file = tmp_path / "epoch=3.ckpt" / "checkpoint" / "mp_rank_00_model_states.pt"
+    file.parent.mkdir(parents=True)
+    torch.save({"module": wanted, "ds_version": "0.9", "dp_world_size": 8, "lr_scheduler": None}, file)
+    convert(file=tmp_path / "epoch=3.ckpt", to=tmp_path / "ours", num_heads=3, predictor_heads=4, quiet=True)
+    convert(file=tmp_path / "ours", to=tmp_path / "back.ckpt", to_official=True, quiet=True)
+    written = torch.load(tmp_path / "back.ckpt", weights_only=True)
+    assert set(written) == {"module"}
+    torch.save(written["module"], tmp_path / "bare.ckpt")
+    assert_identical(tmp_path / "bare.ckpt", wanted)
+
+
+def test_own_weights_leave_in_the_official_layout(tmp_path: Path) -> None:
+    model = XTRA(_config())
+    model.save_pretrained(tmp_path / "ours")
+    convert(file=tmp_path / "ours", to=tmp_path / "theirs.ckpt", to_official=True, quiet=True)
+    convert(file=tmp_path / "theirs.ckpt", to=tmp_path / "again", num_heads=4, predictor_heads=1, quiet=True)
+    again = XTRA.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_the_presets_tell_what_tensors_do_not_show(tmp_path: Path) -> None:
+    from nextblock.checkpoints.official import xtra_sizes
+    from nextblock.checkpoints.official_xar import xar_sizes
+    from nextblock.xar.config import XARConfig
+
+    with torch.device("meta"):
+        for name in ("xtra_b16", "xtra_h14"):
+            config = XTRAConfig.preset(name)
+            sizes = xtra_sizes(official_tensors(XTRA(config), {}), "FILE")
+            assert XTRAConfig(**sizes.values) == config
+            assert sizes.origin["num_heads"] == f"preset {name}"
+            sizes = xtra_sizes(official_tensors(Encoder(config), {}), "FILE")
+            assert (sizes.values["cell_size"], sizes.origin["cell_size"]) == (4, f"preset {name}")
+        for name in ("xar_b", "xar_l", "xar_h"):
+            generator = XARConfig.preset(name)
+            made = official_tensors(XAR(generator), {"buffers": False})
+            assert XARConfig(**xar_sizes(made, "FILE").values) == generator
+
+
+def test_what_cannot_be_known_is_asked_for(tmp_path: Path) -> None:
+    def told(**options: Any) -> str:
+        with pytest.raises((CheckpointError, ConfigError, RunError)) as error:
+            convert(**({"file": DATA / "xtra_base.ckpt", "to": tmp_path / "ours", "quiet": True} | options))
+        assert not (tmp_path / "ours").exists()
+        return str(error.value)
+
+    assert "do not show num_heads and predictor_heads" in told()
+    assert "--num_heads N --predictor_heads N" in told()
+    heads = {"num_heads": 3, "predictor_heads": 4}
+    assert "is not of preset xtra_b16: width 48 there, 768 in the preset" in told(preset="xtra_b16")
+    assert "Did you mean 'xtra_b16'" in told(preset="xtra_b6")
+    assert "cells of" in told(cell_size=[3], **heads)
+    assert "position embeddings" in told(image_size_px=[8, 8], **heads)
+    assert "No such file" in told(file=tmp_path / "none.ckpt")
+    assert "without mp_rank_00" in told(file=tmp_path)
+    assert "has its own. Leave it out" in told(encoder=DATA, **heads)
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, tmp_path / "vit.pth")
+    assert "vision transformer of another kind" in told(file=tmp_path / "vit.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "odd.pth")
+    assert "its first tensors are a" in told(file=tmp_path / "odd.pth")
+    tensors = inner(DATA / "xtra_base.ckpt")
+    tensors["enc.extra"] = tensors.pop("enc.norm.bias")
+    torch.save({"state_dict": tensors}, tmp_path / "wrong.ckpt")
+    message = told(file=tmp_path / "wrong.ckpt", **heads)
+    assert "missing (1): encoder.norm.bias" in message
+    assert "unexpected (1): enc.extra" in message
+    assert "classes; --classes names 2" in told(file=DATA / "xar_cell8.pth", classes=["a", "b"])
+    assert "No such file" in told(file=DATA / "xar_cell8.pth", classes="nowhere.txt")
+    assert "pixels" in told(file=DATA / "xar_cell8.pth", vae="pixels")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "mine.txt").write_text("mine")
+    with pytest.raises(RunError, match="nothing is ever overwritten"):
+        convert(file=DATA / "xar_cell8.pth", to=tmp_path / "ours", quiet=True)
+    (tmp_path / "there.pth").write_text("mine")
+    with pytest.raises(RunError, match="exists already"):
+        convert(file=tmp_path, to=tmp_path / "there.pth", to_official=True, quiet=True)
+    assert (tmp_path / "there.pth").read_text() == "mine"
+
+
+def test_other_entities_of_the_same_tensors(tmp_path: Path) -> None:
+    convert(file=DATA / "xar_cell8.pth", to=tmp_path / "ours", entity_size=4, quiet=True)
+    assert XAR.from_pretrained(tmp_path / "ours").config.entities == Ordering.cells((16, 16), 4)
+
+
+def test_from_the_shell_a_missing_target_is_asked_for(capsys: Any) -> None:
+    assert main(["convert", "somewhere.ckpt"]) == 2
+    assert "convert needs --to" in capsys.readouterr().err
