@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the red is a plainer one.
@@ -25,6 +26,9 @@ def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
+    for text in figure.findobj(Text):  # names of files and classes may hold dollar signs, which are no formulas;
+        if isinstance(text, Text) and text.get_text() and "mathdefault" not in text.get_text():  # 10^-3 on an axis is
+            text.set_parse_math(False)
     figure.savefig(path, dpi=dpi, facecolor="white")
     return path
 
