@@ -1,4 +1,4 @@
-"""How good is a frozen encoder? Linear and attentive probes, a whole grid of them in one pass."""
+"""How good is a frozen encoder? Linear and attentive probes, a whole grid of them in one pass; and of its patches."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from nextblock.data.labelled import Labelled, open_labelled
-from nextblock.errors import ConfigError
+from nextblock.errors import ConfigError, nearest
 from nextblock.evaluation.feature_cache import weights_digest
 from nextblock.evaluation.probe_config import ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder, open_encoder
 from nextblock.jobs.probe_report import Probed, finish, read_result, tell
 from nextblock.jobs.probe_run import ProbeRun, Target, plain
 from nextblock.jobs.record import where
+from nextblock.jobs.segmentation import SegmentationConfig, is_segmentation, read_again, segment
+from nextblock.jobs.segmentation_report import Segmented
 from nextblock.jobs.suite import Suite, require_suite, run_suite
 from nextblock.recipes.config import typed_section
 from nextblock.training.checkpoint import list_checkpoints, newest_checkpoint
@@ -25,7 +27,7 @@ from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import Fabric, launch
 from nextblock.training.run_folder import read_config, require_free, require_job
 
-SECTIONS = {"probe": ProbeConfig}
+SECTIONS: dict[str, type] = {"probe": ProbeConfig, "segmentation": SegmentationConfig}
 
 
 def probe(
@@ -34,12 +36,14 @@ def probe(
     dataset: Any = None,
     test: Any = None,
     suite: str | None = None,
+    task: Literal["classification", "segmentation"] = "classification",
     probe: Mapping[str, Any] | None = None,
+    segmentation: Mapping[str, Any] | None = None,
     data_root: str | Path | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,
-) -> Probed | Suite:
+) -> Probed | Segmented | Suite:
     """Train linear and attentive heads on a frozen encoder, all learning rates in one pass, and tell the best.
 
     Args:
@@ -49,7 +53,11 @@ def probe(
         test: test images, where they are not part of the data set; 20 % are held out where there are none.
         suite: instead of one data set those of a suite, "xtra15": the ones that are on this machine. Run again with
             the same --out to go on.
+        task: "classification" (one label an image) or "segmentation" (a mask for each image: the data set is then a
+            folder of images/ and masks/, PNG files whose pixel value is the class, in train/ and test/ or without;
+            in Python also (images, masks) or a sequence of (image, mask)).
         probe: the grid of heads and its training, see ProbeConfig.
+        segmentation: how masks are read and what of an image is seen, see SegmentationConfig.
         data_root: folder of the benchmark data sets; $NEXTBLOCK_DATA or ./datasets when left out.
         out: the probe's folder, new or empty; by default a dated one under runs/.
         resume: a probe's folder to go on with.
@@ -63,15 +71,24 @@ def probe(
     if resume is not None:
         clash: dict[str, Any] = {"RUN": run, "--suite": suite, "--out": out}
         clash |= {f"--probe.{name}": value for name, value in given.items()}
+        clash |= {f"--segmentation.{name}": value for name, value in (segmentation or {}).items()}
         for name, value in clash.items():
             if value is not None:
                 raise ConfigError(f"--resume continues {resume} as it is; leave out {name}.")
+        if is_segmentation(read_config(Path(resume))):
+            return read_again(Path(resume), console)
         return _go_on(Path(resume), dataset, test, data_root, None, console)
     if run is None:
         raise ConfigError("Which encoder? Name a run folder or a folder of weights: nextblock probe RUN --dataset ...")
     if (dataset is None) == (suite is None):
         raise ConfigError("Name either a --dataset or a --suite (xtra15). `nextblock datasets` lists the data sets.")
     config: ProbeConfig = typed_section("probe", given, SECTIONS)
+    options: SegmentationConfig = typed_section("segmentation", segmentation or {}, SECTIONS)
+    if task == "segmentation":
+        _require_plain(suite, data_root)
+        return segment(run, dataset, test, config, given, options, out, console)
+    if task != "classification" or segmentation:
+        _refuse_task(task, segmentation or {})
     if suite is not None:
         require_suite(suite)
     folder = Path(out) if out is not None else Path("runs") / f"{suite or 'probe'}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -92,6 +109,23 @@ def probe(
 
     signature = {"suite": suite, "weights": weights_digest(opened.encoder), "probe": plain(config)}
     return run_suite(suite, signature, data_root, folder, fabric, console, one)
+
+
+def _require_plain(suite: str | None, data_root: str | Path | None) -> None:
+    """Raise ConfigError for what a segmentation probe does not take."""
+    for name, value in (("suite", suite), ("data_root", data_root)):
+        if value is not None:
+            raise ConfigError(
+                f"--{name} belongs to classification: the benchmark data sets have no masks. Give --dataset FOLDER."
+            )
+
+
+def _refuse_task(task: str, segmentation: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a task that there is not, and for options of the other one."""
+    tasks = ("classification", "segmentation")
+    if task not in tasks:
+        raise ConfigError(f"There is no task '{task}'.{nearest(task, tasks)} Tasks: {', '.join(tasks)}.")
+    raise ConfigError(f"--segmentation.{next(iter(segmentation))} belongs to --task segmentation.")
 
 
 def _start(
