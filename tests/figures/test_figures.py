@@ -7,6 +7,7 @@ from PIL import Image
 
 from nextblock.errors import ConfigError, DataError
 from nextblock.figures import reconstruction
+from nextblock.figures.canvas import COLOURS
 from nextblock.figures.curves import draw_bars, draw_curves, smoothed
 from nextblock.figures.ordering import draw_entities, draw_ordering
 from nextblock.figures.reconstruction import draw_contact_sheet, draw_image
@@ -92,6 +93,20 @@ def test_curves_from_runs_of_any_state(tmp_path: Path) -> None:
     short.write_text("step,loss\n1,nan\n2,0.5\n3,0.4\n4,0.")
     assert colours(draw_curves({"a": whole, "b": short}, tmp_path / "both.png")) > 50
     assert colours(draw_curves({"b": short}, tmp_path / "one.png")) > 10
+
+
+def test_a_curve_of_one_row_can_be_seen(tmp_path: Path) -> None:
+    one, gap = tmp_path / "a.csv", tmp_path / "b.csv"
+    one.write_text("step,loss,lr\n1,0.5,0.002\n")
+    gap.write_text("step,loss,lr\n1,nan,0.002\n2,0.5,0.002\n")
+    blue = tuple(int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))
+    for name, file in {"one": one, "gap": gap}.items():
+        path = draw_curves({name: file}, tmp_path / f"{name}.png")
+        with Image.open(path) as image:
+            seen = (np.asarray(image.convert("RGB")) == blue).all(-1)
+        above = seen[: int(0.7 * len(seen))]  # the legend lies below
+        halves = np.array_split(above, 2, axis=1)
+        assert all(half.sum() > 8 for half in halves), name
 
 
 def test_curves_of_nothing(tmp_path: Path) -> None:

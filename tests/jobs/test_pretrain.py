@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs.opening import open_model
 from nextblock.jobs.pretrain import pretrain
+from nextblock.training import memory
 from nextblock.training.run_folder import read_metrics
 from nextblock.xtra.config import XTRAConfig
 from tiny_run import tiny, write_images
@@ -42,7 +43,9 @@ def test_a_run_leaves_what_is_promised(run: Path) -> None:
     assert about["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in about["packages"]["torch"]
     assert about["seed"] == 0
     assert about["data"]["count"] == 24
-    assert "next-cell prediction" in (run / "exported" / "README.md").read_text()
+    card = (run / "exported" / "README.md").read_text()
+    assert "next-cell prediction" in card
+    assert "48 samples seen (2 epochs, 6 steps of 8)" in card
 
 
 def test_exported_weights_are_those_of_the_last_checkpoint(run: Path) -> None:
@@ -230,6 +233,42 @@ def test_a_run_that_cannot_start_leaves_no_folder(images: Path, tmp_path: Path) 
 def _other(images: Path, folder: Path) -> Path:
     start(folder, str(images), {"training": {"epochs": 0.3}, "watch": {"pictures": 0}})
     return folder
+
+
+def test_a_pass_that_cannot_fit_is_refused_and_leaves_no_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(tmp_path / "run", str(images), {"training": {"epochs": 10}, "watch": {"pictures": 0}})
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000030")  # as if it had been killed
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    with pytest.raises(RunError, match=r"8 images in one forward pass.*training\.per_device_batch to \d or less"):
+        start(tmp_path / "new", str(images))
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(RunError, match=r"training\.per_device_batch"):
+        pretrain(resume=tmp_path / "run", quiet=True)
+    done = pretrain(resume=tmp_path / "run", training={"per_device_batch": 4}, quiet=True)
+    assert done is not None
+    assert done.finished
+
+
+def test_data_that_cannot_be_read_are_told_by_the_training(tmp_path: Path) -> None:
+    """Looking whether a pass fits is the first to meet them, before there is a folder to list them in."""
+    folder = write_images(tmp_path / "images")
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError):
+        start(tmp_path / "run", str(folder))
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_a_batch_larger_than_the_data_is_told_once(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = tiny(data={"train": str(images)}, training={"epochs": 3, "batch_size": 36}, watch={"pictures": 0})
+    pretrain(config="xtra_cifar10", out=tmp_path / "run", **sections)
+    assert capsys.readouterr().out.count("batch_size is 36, but there are 24 images, so images repeat") == 1
+    pretrain(config="xtra_cifar10", out=tmp_path / "fits", **tiny(data={"train": str(images)}, watch={"pictures": 0}))
+    assert "repeat" not in capsys.readouterr().out
 
 
 def test_wrong_crops_leave_no_folder(images: Path, tmp_path: Path) -> None:

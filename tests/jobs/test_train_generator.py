@@ -75,6 +75,26 @@ def test_a_run_leaves_what_is_promised(generator: Path) -> None:
     assert "nextblock sample" in card
 
 
+def test_the_card_tells_what_was_done_rather_than_what_was_asked(images: Path, tmp_path: Path) -> None:
+    asked = {"epochs": 0.1, "warmup_epochs": 40, "warmup_start": 0.0, "lr": 0.002}
+    start(tmp_path / "one", str(images), {"training": asked, "watch": {"pictures": 0}})
+    card = (tmp_path / "one" / "exported" / "README.md").read_text()
+    assert "8 samples seen (0.3333 epochs, 1 step of 8)" in card
+    assert "learning rate: 0.002 throughout" in card
+    assert column(tmp_path / "one", "lr") == ["0.002"]
+    longer = asked | {"epochs": 4, "decay_from": 0.5, "final": 0.1}
+    start(tmp_path / "more", str(images), {"training": longer, "watch": {"pictures": 0}})
+    card = (tmp_path / "more" / "exported" / "README.md").read_text()
+    assert "96 samples seen (4 epochs, 12 steps of 8)" in card
+    assert (
+        "learning rate: 0.002 after 3 steps (1 epoch) of warm-up, constant until 50% of the run, cosine to 0.0002"
+        in card
+    )
+    start(tmp_path / "flat", str(images), {"training": longer | {"decay_from": 1.0}, "watch": {"pictures": 0}})
+    card = (tmp_path / "flat" / "exported" / "README.md").read_text()
+    assert "learning rate: 0.002 after 3 steps (1 epoch) of warm-up, constant to the end" in card
+
+
 def test_exported_weights_are_the_average_and_the_last_ones(generator: Path) -> None:
     state = torch.load(generator / "checkpoints" / "step-00000006" / "state.pt", weights_only=True)
     averaged, last = (load_file(generator / name / "model.safetensors") for name in ("exported", "exported_raw"))
@@ -294,6 +314,15 @@ def test_init_from_starts_from_the_averaged_weights(generator: Path, images: Pat
         start(tmp_path / "other", str(images), {"model": {"width": 32}}, init_from=generator)
 
 
+def test_init_from_takes_the_weights_of_a_generator_only(run: Path, images: Path, tmp_path: Path) -> None:
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    shutil.rmtree(unfinished / "exported")
+    for place in (run, run / "exported", unfinished):
+        with pytest.raises(RunError, match=r"is (a pre-training run|an encoder with its predictor).*must be those of a generator"):
+            start(tmp_path / "run", str(images), init_from=place)
+    assert not (tmp_path / "run").exists()
+
+
 def test_watching_never_ends_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = tiny(data={"train": str(images)}, watch={"vae": "nowhere"})
     done = train_generator(config="xar_cifar10", out=tmp_path / "run", **chosen)
@@ -328,7 +357,7 @@ def test_opening_a_finished_run_one_that_goes_on_and_an_exported_folder(generato
 
 def test_opening_what_is_no_generator_says_what_it_is(generator: Path, run: Path, tmp_path: Path) -> None:
     for place in (run, run / "exported"):
-        with pytest.raises(RunError, match=r"is a pre-training run.*nextblock train-generator"):
+        with pytest.raises(RunError, match=r"is (a pre-training run|an encoder with its predictor).*nextblock train-generator"):
             open_generator(place)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished)

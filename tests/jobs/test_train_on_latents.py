@@ -150,6 +150,22 @@ def test_the_vae_is_found_again_and_no_other_is_taken(generator: Path, vae: Path
     assert isinstance(open_generator(copy, vae=moved).decoder, Autoencoder)
 
 
+def test_weights_of_another_vae_are_no_start(generator: Path, cache: Path, images: Path, tmp_path: Path) -> None:
+    other = write_vae(tmp_path / "other", seed=1)
+    theirs = cache_latents(
+        dataset=str(images), vae=other, out=tmp_path / "cache", image_size_px=16, workers=0, quiet=True
+    )
+    with pytest.raises(CheckpointError, match=r"exported is of another VAE than .*SHA-256 .* there, .*SHA-256 .* here"):
+        start(tmp_path / "run", theirs, init_from=generator)
+    assert not (tmp_path / "run").exists()
+    going = shutil.copytree(generator, tmp_path / "going")
+    for name in ("exported", "exported_raw"):
+        shutil.rmtree(going / name)
+    with pytest.raises(CheckpointError, match="is of another VAE than"):
+        start(tmp_path / "run", theirs, init_from=going)
+    assert start(tmp_path / "next", cache, {"watch": {"pictures": 0}}, init_from=generator).finished
+
+
 def test_a_lost_vae_ends_no_run(
     cache: Path, vae: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

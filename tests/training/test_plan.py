@@ -74,6 +74,30 @@ def test_a_short_run_shortens_its_warm_up() -> None:
     assert plan(epochs=1, batch_size=1000).lr(0) > 0
 
 
+def test_a_warm_up_shorter_than_a_step_is_none() -> None:
+    """Otherwise a run of one step would train at the first rate of the warm-up, which may be 0, and learn nothing."""
+    one = plan(length=8, batch_size=8, epochs=1, warmup_start=0.0)
+    assert (one.total_steps, one.warmup_steps, one.lr(0)) == (1, 0.0, 1.0)
+    five = plan(length=40, batch_size=8, epochs=1, warmup_start=0.0)
+    assert (five.warmup_steps, five.lr(0), five.lr(1)) == (1.0, 0.0, 1.0)
+    assert plan(length=40, batch_size=80, epochs=20, warmup_start=0.0).lr(0) == 1.0  # half a step
+
+
+def test_the_largest_pass() -> None:
+    assert plan().largest_pass == 100
+    assert plan(per_device_batch=30).largest_pass == 25
+    assert [plan(world=3, rank=rank).largest_pass for rank in range(3)] == [33, 33, 34]
+
+
+def test_images_that_repeat_within_a_batch_are_told() -> None:
+    assert plan(length=100).repeats() is None
+    told = plan(length=24).repeats()
+    assert told is not None
+    assert "training.batch_size is 100, but there are 24 images" in told
+    assert "repeat within a batch" in told
+    assert "training.batch_size to 24 or less" in told
+
+
 @pytest.mark.parametrize(("rule", "peak"), [("sqrt", 0.5), ("linear", 0.25), ("none", 1.0)])
 def test_learning_rate_is_scaled_from_its_own_batch(rule: str, peak: float) -> None:
     config = TrainingConfig(lr=1.0, lr_at_batch=1024, batch_size=256, lr_scaling=rule)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from nextblock.errors import DataError
@@ -119,11 +120,13 @@ def _draw_panel(
         if panel == "loss":
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             values = smoothed(values, len(values) // 50)
-        few = "o" if len(values) < 30 and panel not in ("loss", "lr") else ""
+        # A line through a single point is nothing; loss and rate have a point for each log, too many to mark.
+        few = "o" if np.isfinite(values).sum() < (5 if panel in ("loss", "lr") else 30) else ""
         axes.plot(steps, values, color=colour, linestyle=style, label=name, linewidth=1.6, marker=few, markersize=3.5)
     axes.set_title(PANELS[panel][0], fontsize=11)
     axes.set_ylabel(PANELS[panel][1])
     axes.set_xlabel("optimiser steps")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nextblock.jobs.card import schedule, trained
 from nextblock.jobs.generator_data import Learned
 from nextblock.recipes.generator import GeneratorConfig
 from nextblock.training.plan import Plan
@@ -16,7 +17,7 @@ def generator_card(config: GeneratorConfig, folder: Path, data: Learned, weights
     (height, width), entities = data.preprocessing.size_px, model.entities
     space = "pixels" if data.vae["kind"] == "pixels" else f"latents of the VAE {_where(data.vae)}"
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
-    kept = f"average of the weights, decay {training.ema_decay:g}" if weights == "ema" else "the last weights"
+    kept = f"average of the weights, decay up to {training.ema_decay:g}" if weights == "ema" else "the last weights"
     return f"""# xAR generator
 
 Images by denoising the next entity (xAR, arXiv 2502.20388), trained with nextblock.
@@ -27,9 +28,8 @@ Images by denoising the next entity (xAR, arXiv 2502.20388), trained with nextbl
 - entities: {model.ordering}, {entities.num_entities} of them, {entities.num_tokens} tokens in all, patches of \
 {model.patch[0]}×{model.patch[1]}
 - model: width {model.width}, depth {model.depth}, {model.num_heads} heads
-- trained: {plan.total_steps * training.batch_size:,} samples seen ({training.epochs:g} epochs, {plan.total_steps:,} \
-steps of {training.batch_size}), seed {training.seed}
-- learning rate: {_schedule(config)}
+- trained: {trained(plan)}, seed {training.seed}
+- learning rate: {schedule(plan)}
 
 {_measured(folder)}
 FID was not measured here. A number from elsewhere belongs to other weights.
@@ -47,13 +47,6 @@ nextblock sample PATH_TO_THIS_FOLDER --n 16 --out DIR
 
 def _where(vae: dict[str, object]) -> str:
     return f"{vae.get('path') or vae.get('name')} (SHA-256 {str(vae.get('sha256'))[:12]}...)"
-
-
-def _schedule(config: GeneratorConfig) -> str:
-    training = config.training
-    peak = f"{training.peak_lr:g} after {training.warmup_epochs:g} epochs of warm-up"
-    constant = f", constant until {training.decay_from:.0%} of the run" if training.decay_from else ""
-    return f"{peak}{constant}, cosine to {training.final * training.peak_lr:g}"
 
 
 def _measured(folder: Path) -> str:

@@ -76,6 +76,7 @@ def pretrain(
     run = Run(absolute(settings), launch(settings.training), objects, console)
     if init_from is not None:
         initial_weights(init_from, run.model)
+    run.require_room()
     folder = new_folder(run.fabric, out, str(config or "pretrain"))
     run.write_record(folder)
     if config is None and not run.in_memory and init_from is None:

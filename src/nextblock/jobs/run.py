@@ -88,7 +88,7 @@ class Run(TrainingRun):
         """Export the weights and draw the curves."""
         if not self.fabric.is_global_zero:
             return
-        card = model_card(self.config, folder, self.source.description)
+        card = model_card(self.config, folder, self.source.description, self.plan)
         save_pretrained(folder / "exported", self.model, self.preprocessing.to_dict(), card)
         draw_curves({folder.name: folder / "metrics.csv"}, folder / "figures" / "curves.png")
         self.say(f"run folder: {folder}")

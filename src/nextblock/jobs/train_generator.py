@@ -83,10 +83,12 @@ def train_generator(
         return None
     run = _run(absolute(settings), train, objects, console)
     if "num_classes" not in values.get("model", {}):
-        told = f"{len(run.data.classes):,} classes" if run.data.classes else "no labels, so the model is unconditional"
-        run.say(f"{run.data.description}: {told}")
+        count = len(run.data.classes)
+        told = f"learns {count:,} class{'' if count == 1 else 'es'}" if count else "is unconditional: no labels"
+        run.say(f"{run.data.description}. The model {told}.")
     if init_from is not None:
-        initial_generator(init_from, run.model)
+        initial_generator(init_from, run.model, run.data.vae)
+    run.require_room()
     folder = new_folder(run.fabric, out, str(config or preset or "generator"))
     run.write_record(folder)
     return run.train(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from rich.console import Console
 from torch import nn
 
 from nextblock.data.loading import default_workers, training_batches
-from nextblock.errors import RunError
+from nextblock.errors import DataError, RunError
 from nextblock.jobs.record import header, start_record
 from nextblock.layers.transformer import TransformerLayer
 from nextblock.recipes.config import to_yaml
 from nextblock.training.checkpoint import newest_checkpoint
-from nextblock.training.launch import Fabric
+from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.loop import Intervals, Loss, Meters, Update, run_state, train
+from nextblock.training.memory import require_room_for
 from nextblock.training.optimizer import make_optimizer
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
@@ -41,7 +43,7 @@ class Trained:
     signal: int = 0
 
 
-class TrainingRun:
+class TrainingRun(ABC):
     """One run: the configured parts, put together. A job's own run sets what is listed here and fills the gaps below.
 
     Attributes:
@@ -65,32 +67,35 @@ class TrainingRun:
 
     # --- what a job fills in
 
+    @abstractmethod
     def data_record(self) -> dict[str, Any]:
         """The data as environment.json tells them; `sha256` notices a change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_manifest(self, file: Path) -> None:
         """What `what_changed` needs to explain a change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def what_changed(self, file: Path) -> str:
-        raise NotImplementedError
+        """How the data differ from those of the manifest `file`, as a clause."""
 
+    @abstractmethod
     def loss(self) -> Loss:
-        raise NotImplementedError
+        """The loss of a batch, for the loop."""
 
+    @abstractmethod
     def watch(self, folder: Path) -> Look:
-        raise NotImplementedError
+        """What is looked at while the run trains: steps done -> columns of metrics.csv."""
 
+    @abstractmethod
     def finish(self, folder: Path) -> None:
         """Export the weights and draw the curves; called on every process."""
-        raise NotImplementedError
 
     def more_record(self) -> dict[str, Any]:
         """What else environment.json tells."""
         return {}
 
-    def start_extras(self, state: dict[str, Any] | None) -> None:
+    def start_extras(self, state: dict[str, Any] | None) -> None:  # noqa: B027 - most runs have none
         """Make what a run holds besides model and optimiser, fresh or from a checkpoint; the model is in place."""
 
     def extra_state(self) -> dict[str, Any]:
@@ -106,6 +111,25 @@ class TrainingRun:
     def say(self, message: str) -> None:
         if self.fabric.is_global_zero:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def require_room(self) -> None:
+        """Raise RunError, on every process, when a forward pass cannot fit in memory.
+
+        Asked before the folder is claimed, so that a run that is refused leaves none.
+        """
+        problem: RunError | None = None
+        # Compiled layers may keep less than they keep here; what might fit is never refused.
+        if self.fabric.is_global_zero and not self.config.training.compile:
+            averaged = bool(getattr(self.config.training, "ema_decay", 0))
+            try:
+                require_room_for(
+                    self.fabric, self.model, self.loss(), self.stream.load, self.plan, averaged=averaged
+                )  # fmt: skip
+            except RunError as error:
+                problem = error
+            except DataError:  # the training meets it too, with a folder to list broken images in
+                pass
+        on_first_process(self.fabric, problem)
 
     def write_record(self, folder: Path) -> None:
         """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
@@ -135,6 +159,8 @@ class TrainingRun:
         """Train in `folder` from the start, or from a checkpoint's state."""
         config, fabric, plan = self.config, self.fabric, self.plan
         start = 0 if state is None else int(state["step"])
+        if state is None and (told := plan.repeats()):
+            self.say(told)
         if state is not None:
             self.model.load_state_dict(state["model"])
         if config.training.compile:
@@ -173,6 +199,7 @@ class TrainingRun:
         _, state = newest_checkpoint(folder / "checkpoints", self.say)
         step, total = int(state["step"]), self.plan.total_steps
         if step < total:
+            self.require_room()
             self.say(f"continuing {folder} after step {step} of {total}")
             return self.train(folder, state)
         self.say(f"{folder} is trained: {step} steps.")

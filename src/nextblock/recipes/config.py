@@ -197,7 +197,7 @@ def read_recipe(name_or_file: str | Path, kind: Kind[Any] = PRETRAIN) -> dict[st
     text = _recipe_text(name_or_file, kind)
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{name_or_file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
         raise ConfigError(f"{name_or_file} is not a recipe: it must hold the sections {', '.join(kind.sections)}.")

@@ -17,13 +17,16 @@ from nextblock.xar.config import PRESETS, XARConfig
 
 @dataclass(frozen=True)
 class GeneratorDataConfig(SourceConfig):
-    """What is learned from: images (the model then works on pixels), or a folder of cached latents, which
-    `nextblock cache-latents` makes; for those, only `train`, `val`, `workers` and `timeout_s` matter.
+    """What is learned from: images (the model then works on pixels) or cached latents.
 
-    An image is never distorted: the crop has the proportions of the model's images, and at the default `crop_scale`
-    it is the largest central one, whose shorter side is the image's own.
+    For latents only `train`, `val`, `flip`, `workers` and `timeout_s` matter. An image is never distorted: the crop has
+    the proportions of the model's images, and at the default `crop_scale` it is the largest central one, whose shorter
+    side is the image's own.
 
     Attributes:
+        train: a folder of latents made by `nextblock cache-latents`; or images: a folder of them, Parquet file(s),
+            `hf:NAME` (a Hugging Face data set); in Python also arrays or any object with `__len__` and `__getitem__`.
+        val: of the same kind as `train`, to watch the training with; optional.
         crop_scale: share of the image's area that a training crop covers, (least, most).
     """
 
@@ -41,8 +44,10 @@ class GeneratorDataConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class GeneratorTraining(TrainingConfig):
-    """How a generator trains. The defaults that differ are xAR's (arXiv 2502.20388, Table 6); the decay of the average
-    is the official code's.
+    """How a generator trains; every length is derived from `epochs`.
+
+    The defaults that differ from an encoder's are xAR's (arXiv 2502.20388, Table 6); the decay of the average is the
+    official code's.
 
     Attributes:
         ema_decay: of the average of the weights, which is what is sampled from; 0 = the last weights.

@@ -21,7 +21,8 @@ class TrainingConfig:
         lr_at_batch: the batch that `lr` belongs to; 0 = the run's own batch, nothing is scaled.
         lr_scaling: how the rate changes when batch_size differs: "sqrt" (for Adam, arXiv 2205.10287), "linear"
             or "none".
-        warmup_epochs: linear rise to the peak; at most a fifth of a run (a shorter run shortens it).
+        warmup_epochs: linear rise to the peak; at most a fifth of a run (a shorter run shortens it); none
+            where it would be shorter than a step.
         warmup_start: first learning rate as a fraction of the peak.
         decay_from: where the cosine begins, as a fraction of the run; until then the rate stays at its peak. 0 = at
             the end of the warm-up, 1 = never.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning.fabric import Fabric
 
@@ -35,8 +39,23 @@ def launch(training: TrainingConfig) -> Fabric:
         num_nodes=training.nodes,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
     )
-    fabric.launch()
+    with _silent():
+        fabric.launch()
     return fabric
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what Lightning tells of processes that find each other; its warnings stay."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]  # Fabric talks through both
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def on_first_process(fabric: Fabric, problem: RunError | None) -> None:

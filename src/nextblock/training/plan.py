@@ -47,6 +47,27 @@ class Plan:
     def log_every(self) -> int:
         return self.config.log_every_steps or max(1, min(50, self.total_steps // 200))
 
+    @property
+    def warmup_steps(self) -> float:
+        """Steps of the warm-up as it is applied; one shorter than a whole step is none."""
+        steps = min(self.config.warmup_epochs * self.steps_per_epoch, MAX_WARMUP_FRACTION * self.total_steps)
+        return steps if steps >= 1 else 0.0
+
+    @property
+    def largest_pass(self) -> int:
+        """Images in the largest forward pass of this process; every step has the same ones."""
+        return max(map(len, self.micro_batches(0)))
+
+    def repeats(self) -> str | None:
+        """What to tell of a batch that is larger than the data; None where it is not."""
+        batch = self.config.batch_size
+        if batch <= self.length:
+            return None
+        return (
+            f"training.batch_size is {batch:,}, but there are {self.length:,} images, so images repeat within a batch. "
+            f"Set training.batch_size to {self.length} or less."
+        )
+
     def epoch(self, step: int) -> float:
         """Epochs done after `step` steps."""
         return step * self.config.batch_size / self.length
@@ -78,7 +99,7 @@ class Plan:
     def lr_of(self, step: int, peak: float, final: float) -> float:
         """The same schedule for any peak and last learning rate."""
         config, total = self.config, self.total_steps
-        warmup = min(config.warmup_epochs * self.steps_per_epoch, MAX_WARMUP_FRACTION * total)
+        warmup = self.warmup_steps
         if step < warmup:
             return peak * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
         decay = max(warmup, config.decay_from * total)

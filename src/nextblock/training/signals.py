@@ -1,4 +1,4 @@
-"""Ask a run to stop at the next step: Ctrl-C and SIGTERM."""
+"""Ask a job to stop at the next good moment: Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ import threading
 from types import FrameType, TracebackType
 
 
+class Stopped(KeyboardInterrupt):
+    """A job that returns nothing else was stopped; its message says how to go on.
+
+    `signal` is the number of the signal that stopped it: SIGINT where none was noted.
+    """
+
+    def __init__(self, message: str, received: int) -> None:
+        super().__init__(message)
+        self.signal = int(received or signal.SIGINT)
+
+
 class StopRequest:
-    """While active, the first signal is remembered; a second Ctrl-C interrupts at once.
+    """While active, the first signal is remembered, also one that was ignored before (of what a script starts with
+    `&`, Ctrl-C is); a second Ctrl-C interrupts at once.
+
+    Args:
+        until: what is still waited for, as is told when a signal comes.
 
     `received` is the signal's number, or 0.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, until: str = "this step is done and saved") -> None:
+        self.until, self.received = until, 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,4 +53,4 @@ class StopRequest:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        print("\nstopping when this step is done and saved; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        print(f"\nstopping when {self.until}; Ctrl-C again stops at once", file=sys.stderr, flush=True)

@@ -1,0 +1,120 @@
+"""What a forward pass keeps, counted before it is run at full size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from nextblock.errors import RunError
+from nextblock.training import memory
+from nextblock.training.config import TrainingConfig
+from nextblock.training.memory import (
+    GIB,
+    bytes_per_image,
+    bytes_to_come,
+    free_bytes,
+    require_room,
+    require_room_for,
+    saved_bytes,
+)
+from nextblock.training.plan import Plan
+
+CPU = torch.device("cpu")
+
+
+def test_what_a_pass_keeps_is_counted_once_and_by_image() -> None:
+    model = nn.Sequential(nn.Linear(10, 30, bias=False), nn.Tanh(), nn.Linear(30, 1, bias=False))
+
+    def loss_of(images: int) -> Tensor:
+        return model(torch.ones(images, 10)).sum()
+
+    # Kept for each image: 10 inputs, and 30 numbers after the tanh, which two operations need and share.
+    assert bytes_per_image(loss_of) == 4 * (10 + 30)
+    weight = 4 * 30  # of the last map; the first needs none, as its input has no gradient
+    assert saved_bytes(lambda: loss_of(1)) == 4 * (10 + 30) + weight
+
+
+def test_too_many_images_are_refused_with_a_number_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 24 * GIB)
+    require_room(GIB, 24, CPU)
+    with pytest.raises(RunError, match=r"2,048 images .* about 2,048 GiB, and cpu has 24 GiB .*per_device_batch to 8 "):
+        require_room(GIB, 2048, CPU)
+    with pytest.raises(RunError, match="per_device_batch to 1 "):
+        require_room(20 * GIB, 2, CPU)
+    with pytest.raises(RunError, match="Not even one image"):
+        require_room(1024 * GIB, 2, CPU)
+
+
+def test_what_else_a_run_needs_and_who_else_needs_it_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 24 * GIB)
+    require_room(GIB, 16, CPU, fixed=8 * GIB)
+    with pytest.raises(RunError, match=r"17 images .* 25 GiB.*per_device_batch to 8 "):
+        require_room(GIB, 17, CPU, fixed=8 * GIB)
+    require_room(GIB, 4, CPU, fixed=8 * GIB, sharing=2)
+    with pytest.raises(RunError, match=r"5 images .* each of 2 processes .*per_device_batch to 2 "):
+        require_room(GIB, 5, CPU, fixed=8 * GIB, sharing=2)
+    with pytest.raises(RunError, match="Not even one image"):
+        require_room(0, 5, CPU, fixed=25 * GIB)
+
+
+def test_what_is_not_known_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    require_room(1024 * GIB, 2048, CPU)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: "MemTotal: 5 kB\n")  # an old kernel
+    assert free_bytes(CPU) is None
+
+
+def test_moments_average_and_gradients_are_to_come() -> None:
+    model = nn.Linear(10, 5)
+    model.bias.requires_grad_(False)
+    copy = 4 * 50
+    assert bytes_to_come(model, averaged=False, accumulated=False) == 2 * copy
+    assert bytes_to_come(model, averaged=True, accumulated=False) == 3 * copy
+    assert bytes_to_come(model, averaged=True, accumulated=True) == 4 * copy
+
+
+class Ones:
+    """A batch of ones."""
+
+    def __init__(self, count: int) -> None:
+        self.values, self.bad = torch.ones(count, 2**20), ()
+
+    def to(self, device: torch.device) -> Ones:
+        return self
+
+
+def test_a_few_images_tell_whether_a_pass_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    model, asked = nn.Sequential(nn.Linear(2**20, 1, bias=False), nn.Dropout(0.5)), []
+
+    def load(positions: Sequence[int]) -> Ones:
+        asked.append(list(positions))
+        return Ones(len(positions))
+
+    def check(**values: int) -> None:
+        plan = Plan(5000, TrainingConfig(**({"batch_size": 2048} | values)))  # type: ignore[arg-type]
+        require_room_for(fabric, model, lambda model, batch, step: model(batch.values).sum(), load, plan)
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: GIB)
+    before = torch.get_rng_state()
+    with pytest.raises(RunError, match=r"2,048 images .* about 8\.0 GiB.*per_device_batch to 64 "):
+        check()
+    assert sorted(asked) == [[0, 1], [0, 1, 2, 3]]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    check(per_device_batch=64)
+    asked.clear()
+    check(per_device_batch=4)
+    assert asked == []
+
+
+def test_free_memory_is_that_of_the_machine() -> None:
+    free = free_bytes(CPU)
+    assert free is None or 2**20 < free < 2**50
