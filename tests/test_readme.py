@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def test_the_commands_run_in_the_order_of_the_readme(
     monkeypatch.setenv("NEXTBLOCK_CACHE", str(tmp_path / "cache"))
     write_images(tmp_path / "photos", per_class=6)
     write_kl16(tmp_path / "kl16.ckpt")
+    shutil.copy(ROOT / "tests" / "data" / "xtra_base.ckpt", tmp_path / "xtra_b16.ckpt")
     small = tiny()
     for command in commands():
         arguments = shlex.split(command)[1:]
@@ -78,6 +80,8 @@ def test_the_commands_run_in_the_order_of_the_readme(
         if arguments[0] == "pretrain" and "--resume" not in arguments:
             arguments += flags(small)
         arguments += GENERATION.get(arguments[0], [])
+        if "xtra_b16.ckpt" in arguments:  # a small model, of no preset
+            arguments += ["--num_heads", "3", "--predictor_heads", "4"]
         if "xar_b_in256" in arguments:
             arguments += ["--model.latent_size", "2", "--model.entity_size", "1"]
         assert main(arguments) == 0, f"{command}\n{capsys.readouterr()}"

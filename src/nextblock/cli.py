@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 VERBS = {
     "demo": ("nextblock.jobs.demo", "see it work on scattered handwritten digits, nothing to download"),
     "pretrain": ("nextblock.jobs.pretrain", "pre-train an encoder on images"),
-    "probe": ("nextblock.jobs.probe", "how good is it? linear and attentive probes, a grid in one pass"),
+    "probe": ("nextblock.jobs.probe", "how good is it? linear and attentive probes in one pass, or segmentation"),
     "finetune": ("nextblock.jobs.finetune", "train encoder and head together on labelled images"),
     "datasets": ("nextblock.jobs.datasets", "which benchmark data sets there are, and which are here"),
     "knn": ("nextblock.jobs.knn", "how good is it? weighted kNN accuracy"),
     "predict": ("nextblock.jobs.predict", "classes of images, by a probe or a fine-tuned model"),
     "embed": ("nextblock.jobs.embed", "features of images, to a file"),
     "reconstruct": ("nextblock.jobs.reconstruct", "pictures of the next-cell predictions"),
+    "visualize": ("nextblock.jobs.visualize", "pictures of features and attention, as one page"),
     "cache-latents": ("nextblock.jobs.cache_latents", "images to latents of a VAE, once, for train-generator"),
     "train-generator": ("nextblock.jobs.train_generator", "train an xAR generator on images or cached latents"),
     "sample": ("nextblock.jobs.sample", "make images with a generator"),
     "fid": ("nextblock.jobs.fid", "how good are they? Fréchet distance and others between two sets of images"),
+    "export": ("nextblock.jobs.export", "an encoder or classifier as ONNX or torch.export, checked"),
+    "convert": ("nextblock.jobs.convert", "official weights to a folder that every verb opens, and back"),
     "doctor": ("nextblock.jobs.doctor", "what is this machine missing?"),
 }
 YES_NO = dict.fromkeys(("", "true", "yes", "on", "1"), "true") | dict.fromkeys(("false", "no", "off", "0"), "false")
@@ -42,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--debug"]
     try:
         return _run(args)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", 128 + getattr(error, "signal", 2))
     except NextblockError as error:
         if debug:
             raise

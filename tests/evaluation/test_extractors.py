@@ -52,12 +52,16 @@ def write_inception(path: Path, width: int = 2048) -> Path:
     return path
 
 
+def opened(path: Path) -> InceptionFile:
+    return InceptionFile(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 9, 12, 3), dtype=np.uint8))
 
 
 def test_inception_from_a_torchscript_file(tmp_path: Path) -> None:
     path = write_inception(tmp_path / "inception.pt")
-    found, own = InceptionFile(path), TinyInception(2048)
+    found, own = opened(path), TinyInception(2048)
     x = IMAGES.permute(0, 3, 1, 2)
     assert_close(found.features(IMAGES), own(x, return_features=True), 1e-5)
     assert_close(found.probabilities(IMAGES), own(x, no_output_bias=True), 1e-5)
@@ -69,7 +73,16 @@ def test_inception_from_a_torchscript_file(tmp_path: Path) -> None:
 
 
 def test_what_has_not_inceptions_width_is_not_called_fid(tmp_path: Path) -> None:
-    assert metric_name(InceptionFile(write_inception(tmp_path / "small.pt", 16)).identity) == "Fréchet distance"
+    assert metric_name(opened(write_inception(tmp_path / "small.pt", 16)).identity) == "Fréchet distance"
+
+
+def test_it_is_not_loaded_before_its_hash_is_named(tmp_path: Path) -> None:
+    path = write_inception(tmp_path / "inception.pt")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(ConfigError, match=f"--inception_sha256 {digest}"):
+        InceptionFile(path)
+    with pytest.raises(ConfigError, match="Its hash is not abc"):
+        InceptionFile(path, sha256="abc")
 
 
 def test_files_that_are_not_it_are_told(tmp_path: Path) -> None:
@@ -77,13 +90,13 @@ def test_files_that_are_not_it_are_told(tmp_path: Path) -> None:
         InceptionFile(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ConfigError, match="cannot be loaded as TorchScript"):
-        InceptionFile(tmp_path / "text.pt")
+        opened(tmp_path / "text.pt")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match="not a file of weights alone"):
-        InceptionFile(tmp_path / "weights.pt")
+        opened(tmp_path / "weights.pt")
     torch.jit.script(nn.Linear(3, 2)).save(str(tmp_path / "linear.pt"))
     with pytest.raises(ConfigError, match="but not Inception as needed here"):
-        InceptionFile(tmp_path / "linear.pt")
+        opened(tmp_path / "linear.pt")
 
 
 def tiny_encoder() -> tuple[XTRA, Preprocessing]:
@@ -125,7 +138,7 @@ def test_pixels() -> None:
 def test_a_pass_over_a_set_is_written_to_mapped_files(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", per_class=4)
     (folder / "top" / "000.png").write_bytes(b"no")
-    extractor = InceptionFile(write_inception(tmp_path / "inception.pt", 16))
+    extractor = opened(write_inception(tmp_path / "inception.pt", 16))
     source = OneSize(open_source(str(folder)), (24, 24), 3)
     loading = extractor.loading((24, 24))
     batches = list(evaluation_batches(source, loading, batch_size=3))

@@ -26,6 +26,7 @@ from nextblock.data.sources import open_source
 from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs import cache_latents as job
 from nextblock.jobs.cache_latents import cache_latents
+from nextblock.training.signals import Stopped, StopRequest
 from nextblock.vae import Autoencoder
 
 SIZES: dict[str, Any] = {
@@ -117,7 +118,7 @@ def test_stopped_anywhere_and_given_again(
         path.unlink()
     with monkeypatch.context() as patch:
         stop_at(patch, moment)
-        with pytest.raises(Stopped):
+        with pytest.raises(Killed):
             cache_latents(**asked, out=tmp_path / "cache")
     there = {"first batch": 0, "third shard": 2, "shard on disk, not recorded": 1, "before the end": 4}[moment]
     with pytest.raises(DataError, match=f"not finished: {there} of 4 shards"):
@@ -129,7 +130,7 @@ def test_stopped_anywhere_and_given_again(
     assert content(tmp_path / "cache") == whole
 
 
-class Stopped(BaseException):
+class Killed(BaseException):
     """As if the process had been killed."""
 
 
@@ -139,7 +140,7 @@ def stop_at(patch: pytest.MonkeyPatch, moment: str) -> None:
     def stop(after: int, inner: Any) -> Any:
         def stopping(*arguments: Any, **more: Any) -> Any:
             if next(calls) == after:
-                raise Stopped
+                raise Killed
             return inner(*arguments, **more)
 
         return stopping
@@ -185,16 +186,76 @@ def test_a_killed_process(asked: dict[str, Any], tmp_path: Path) -> None:
     assert content(cut) == content(whole)
 
 
-def test_an_interrupted_person_is_told_how_to_go_on(
+class StopAfter(StopRequest):
+    """Asks for a stop when it is looked at for the n-th time."""
+
+    looks = 4
+
+    def __call__(self) -> bool:
+        self.looks -= 1
+        if self.looks == 0:
+            self.received = signal.SIGTERM
+        return self.received != 0
+
+
+def test_a_stop_is_heard_before_the_next_batch_and_told_once(
     asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_shards(monkeypatch, 7)
+    whole = content(cache_latents(**asked, out=tmp_path / "whole"))
+    folder, encoded = tmp_path / "cache", making._encoded
+    batches: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "StopRequest", StopAfter)
+        patch.setattr(making, "_encoded", lambda *values: batches.append(True) or encoded(*values))
+        with pytest.raises(Stopped, match=f"nextblock cache-latents --resume {folder}$") as error:
+            cache_latents(**asked | {"quiet": False}, out=folder)
+    assert error.value.signal == signal.SIGTERM
+    assert len(batches) == 3  # two of the first shard, one of the second
+    assert "--resume" not in capsys.readouterr().out  # the shell says it
+    assert len(json.loads((folder / "latents.json").read_text())["shards"]) == 1
+    cache_latents(resume=folder, batch_size=5, workers=0, quiet=True)
+    assert content(folder) == whole
+
+
+def test_a_second_interrupt_tells_how_to_go_on_too(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(making, "_encoded", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cache_latents(**asked | {"quiet": False}, out=tmp_path / "cache")
-    assert f"nextblock cache-latents --resume {tmp_path / 'cache'}" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt, match=f"nextblock cache-latents --resume {tmp_path / 'cache'}$"):
+        cache_latents(**asked, out=tmp_path / "cache")
+
+
+def test_a_job_in_the_background_can_be_stopped(asked: dict[str, Any], tmp_path: Path) -> None:
+    """A real one, started with Ctrl-C ignored as a script's `&` does; it says one thing, and goes on later."""
+    script = (
+        "import sys, time; from nextblock.cli import main; from nextblock.data.latents import making\n"
+        "encoded = making._encoded\n"
+        "making._encoded = lambda *a: (print('encoding', flush=True), time.sleep(0.2), encoded(*a))[2]\n"
+        "sys.exit(main(['cache-latents', *sys.argv[1:]]))\n"
+    )
+    arguments = ["--image_size_px=16", "--batch_size=2", "--workers=1", f"--out={tmp_path / 'cache'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, f"--dataset={asked['dataset']}", f"--vae={asked['vae']}", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    while "encoding" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    output, told = process.communicate(timeout=100)
+    assert process.returncode == 130, told
+    assert output.count("encoding") < 11  # of 12
+    lines = [line for line in told.splitlines() if line]
+    assert lines == [
+        "stopping when this batch is done; Ctrl-C again stops at once",
+        "nextblock: stopped. To go on after the last whole shard: "
+        f"nextblock cache-latents --resume {tmp_path / 'cache'}",
+    ]
 
 
 def test_a_damaged_shard_is_made_anew(
@@ -326,7 +387,8 @@ def test_what_is_refused_at_once(asked: dict[str, Any], tmp_path: Path) -> None:
     refused("dtype must be 'float16' or 'float32'", dtype="int8")
     refused("batch_size must be at least 1", batch_size=0)
     refused("no VAE at", CheckpointError, vae=tmp_path / "none")
-    refused("no such file or folder: .*Did you mean 'cifar10'", DataError, dataset="cifar1O")
+    refused("'cifar1O' is neither .* nor .*Did you mean 'cifar10'.* write hf:NAME", DataError, dataset="cifar1O")
+    refused("'./nowhere' is neither .* `nextblock datasets` lists.* write hf:NAME", DataError, dataset="./nowhere")
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("keep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -66,6 +67,17 @@ def inception(script: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return script
 
 
+def trusted(path: Path) -> dict[str, Any]:
+    """The arguments by which a person says that the file may be loaded."""
+    return {"inception": path, "inception_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def test_the_inception_file_is_a_program_that_must_be_trusted_by_its_hash(script: Path) -> None:
+    digest = trusted(script)["inception_sha256"]
+    with pytest.raises(ConfigError, match=f"runs code from it.*--inception_sha256 {digest}"):
+        fid(samples=noise(12, 0), reference=noise(14, 1), inception=script, workers=0, quiet=True)
+
+
 def test_arrays_in_pixels_are_what_compare_gives(capsys: pytest.CaptureFixture[str]) -> None:
     samples, reference = noise(260, 0, low=60), noise(300, 1)
     found = fid(samples=samples, reference=reference, pixels=True, workers=0, batch_size=37)
@@ -111,7 +123,7 @@ def test_with_inception_weights_it_is_fid(inception: Path, tmp_path: Path, capsy
     samples, reference = noise(12, 0), noise(14, 1)
     np.savez(tmp_path / "samples.npz", samples)
     out = tmp_path / "judged"
-    found = fid(samples=tmp_path / "samples.npz", reference=reference, inception=inception, out=out, workers=0)
+    found = fid(samples=tmp_path / "samples.npz", reference=reference, **trusted(inception), out=out, workers=0)
     model = torch.jit.load(inception)  # type: ignore[no-untyped-call]
     a, b = (model(torch.from_numpy(x).permute(0, 3, 1, 2), return_features=True).numpy() for x in (samples, reference))
     assert found.metric == "FID"
@@ -134,7 +146,7 @@ def test_with_inception_weights_it_is_fid(inception: Path, tmp_path: Path, capsy
 
 
 def test_a_file_of_another_width_is_not_called_fid(script: Path) -> None:
-    found = fid(samples=noise(12, 0), reference=noise(14, 1), inception=script, workers=0, quiet=True)
+    found = fid(samples=noise(12, 0), reference=noise(14, 1), **trusted(script), workers=0, quiet=True)
     assert found.metric == "Fréchet distance"
 
 
@@ -175,7 +187,7 @@ def test_statistics_are_kept_and_compared(inception: Path, tmp_path: Path, capsy
     assert both.frechet == pytest.approx(0, abs=1e-10)
     assert both.features["kind"] == "pixels"
     with pytest.raises(ConfigError, match="statistics of other features: channels 3 there, None here"):
-        fid(samples=samples, reference=kept, inception=inception, workers=0, quiet=True)
+        fid(samples=samples, reference=kept, **trusted(inception), workers=0, quiet=True)
     with pytest.raises(ConfigError, match="leave out --pixels"):
         fid(samples=kept, reference=kept, pixels=True, quiet=True)
     with pytest.raises(ConfigError, match="this reference is statistics"):
@@ -200,8 +212,8 @@ def test_a_reference_with_images_and_inception_statistics(inception: Path, tmp_p
     reference, path = noise(14, 1), tmp_path / "both.npz"
     mean, covariance = np.random.default_rng(0).normal(size=16), np.eye(16)
     np.savez(path, reference, mu=mean, sigma=covariance)
-    found = fid(samples=noise(12, 0), reference=path, inception=inception, workers=0, quiet=True)
-    plain = fid(samples=noise(12, 0), reference=reference, inception=inception, workers=0, quiet=True)
+    found = fid(samples=noise(12, 0), reference=path, **trusted(inception), workers=0, quiet=True)
+    plain = fid(samples=noise(12, 0), reference=reference, **trusted(inception), workers=0, quiet=True)
     assert found.frechet != pytest.approx(plain.frechet, rel=0.01)
     assert found.results["frechet_counts"] == [12, None]
     for name in ("kid", "precision", "recall", "counts"):
@@ -245,7 +257,7 @@ def test_metrics_that_cannot_be_are_told(script: Path, tmp_path: Path) -> None:
     refused("frechet,precision", "Did you mean 'precision_recall'")
     refused("", "no metric is named ''")
     refused("inception_score", "the Inception score needs the classes of --inception")
-    refused("inception_score", "knows no reference", pixels=False, inception=script)
+    refused("inception_score", "knows no reference", pixels=False, **trusted(script))
     refused("frechet", "precision_count must be 0 .* or more than 3; got 3", precision_count=3)
     kept = tmp_path / "kept.npz"
     fid(samples=x, reference=x, pixels=True, metrics="kid", save_stats=kept, workers=0, quiet=True)
@@ -254,7 +266,7 @@ def test_metrics_that_cannot_be_are_told(script: Path, tmp_path: Path) -> None:
 
 
 def test_the_inception_score_can_be_left_out(inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"samples": noise(12, 0), "reference": noise(14, 1), "inception": inception, "workers": 0, "quiet": True}
+    given = {"samples": noise(12, 0), "reference": noise(14, 1), "workers": 0, "quiet": True, **trusted(inception)}
     assert fid(**given, metrics="frechet,inception_score").inception_score is not None
     passes: list[bool] = []
     call = extractors.InceptionFile.probabilities

@@ -206,7 +206,8 @@ def test_a_finished_folder_is_told_and_gets_what_else_is_asked_for(
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"guidance": 3.0}, "guidance was 1.0, now 3.0"), ({"n": 8}, "n was 7, now 8"),
+        ({"guidance": 3.0}, "guidance was 1.0, now 3.0"), ({"n": 6}, "n was 7, now 6"),
+        ({"n": 8, "seed": 2}, "seed was 0, now 2"),
         ({"classes": (1,)}, r"classes was \[0, 3\], now \[1\]"), ({"batch_size": 4}, "batch_size was 3, now 4"),
     ],
 )  # fmt: skip
@@ -260,6 +261,7 @@ def test_numbers_that_are_not_finite_are_told_and_not_written(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("values", "told"),
     [
+        ({"guidance": -1.5}, "guidance must be 0 or more .* got -1.5"),
         ({"classes": (), "guidance": 2.0}, "unconditional"), ({"steps": 0}, "--steps must be at least 1; got 0"),
         ({"solver": "huen"}, "Did you mean 'heun'"), ({"n": 0}, "--n must be"), ({"batch_size": 0}, "--batch_size"),
         ({"state": "float16"}, "'float64' or 'float32'"),

@@ -67,16 +67,25 @@ class InceptionFile:
     return_features=True, and class probabilities [B, 1008] with no_output_bias=True, as the Inception score was
     published.
 
-    Loading a TorchScript file runs code from it: use one whose origin you know. Which file it was is told by its
-    SHA-256. Raises ConfigError when the file is not there, is no TorchScript, or cannot be called so.
+    Loading a TorchScript file runs code from it, so it is loaded only when `sha256` is its hash: whoever names that
+    has looked where the file is from.
+
+    Raises ConfigError, naming the file's hash, without that hash; when the file is not there, is no TorchScript, or
+    cannot be called so.
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu", *, sha256: str | None = None) -> None:
         path = Path(path).expanduser()
         if not path.is_file():
             raise ConfigError(f"no Inception weights at {path}; a file is needed, inception-2015-12-05.pt.")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 is None or sha256.lower() != digest:
+            other = "" if sha256 is None else f" Its hash is not {sha256}."
+            raise ConfigError(
+                f"{path} is a program: loading TorchScript runs code from it.{other} If you trust where it is from, "
+                f"say so by its hash: --inception_sha256 {digest}"
+            )
         self._device = torch.device(device)
         self._model = _load_script(path, self._device)
         width = self._width(path)

@@ -23,6 +23,7 @@ from nextblock.evaluation.neighbours import precision_recall
 from nextblock.randomness import permutation, shuffled
 
 METRICS = ("frechet", "kid", "precision_recall")
+_ALSO_CALLED = {"fid": "frechet"}  # it looks like kid, but is called frechet until the features are Inception's
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
 PRECISION_COUNT = 50_000  # images of each set, as arXiv 1904.06991 takes: the work grows with the square
@@ -59,7 +60,7 @@ def compare(
     require_precision_count(precision_count, k)
     for name in metrics:
         if name not in METRICS:
-            raise ConfigError(f"no metric is named '{name}'.{nearest(name, METRICS)} There are {', '.join(METRICS)}.")
+            raise ConfigError(f"no metric is named '{name}'.{metric_hint(name)} There are {', '.join(METRICS)}.")
     first, second = as_rows(samples, "samples"), as_rows(reference, "reference")
     require_same_width(first, second)
     found: dict[str, Any] = {"counts": [len(first), len(second)], "dimensions": first.shape[1]}
@@ -79,6 +80,12 @@ def compare(
         found["precision"], found["recall"] = pair
         found["precision_counts"] = [len(table) for table in drawn]
     return found
+
+
+def metric_hint(name: str, known: Sequence[str] = METRICS) -> str:
+    """What somebody may have meant by a metric that is not there, as a sentence, or an empty string."""
+    plain = name.strip().lower()
+    return nearest(_ALSO_CALLED.get(plain, plain), known)
 
 
 def require_precision_count(count: int, k: int = NEIGHBOURS) -> None:
@@ -185,6 +192,6 @@ def _plogp(p: NDArray[np.float64]) -> float:
 
 
 __all__ = [
-    "METRICS", "NEIGHBOURS", "PRECISION_COUNT", "compare", "inception_score", "kid", "precision_recall",
-    "real_against_real", "require_precision_count",
+    "METRICS", "NEIGHBOURS", "PRECISION_COUNT", "compare", "inception_score", "kid", "metric_hint",
+    "precision_recall", "real_against_real", "require_precision_count",
 ]  # fmt: skip

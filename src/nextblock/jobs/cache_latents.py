@@ -21,6 +21,7 @@ from nextblock.jobs.latents_record import Asked, begin, go_on, open_images, read
 from nextblock.jobs.opening import require_positive
 from nextblock.training.launch import pick_device
 from nextblock.training.run_folder import max_bad_images
+from nextblock.training.signals import Stopped, StopRequest
 from nextblock.vae import Autoencoder
 
 
@@ -75,7 +76,8 @@ def cache_latents(
         device: "auto", "cpu" or "cuda".
         quiet: print nothing.
 
-    Returns the folder; `open_latents` reads it. Raises ConfigError, DataError, RunError or CheckpointError.
+    Returns the folder; `open_latents` reads it. Raises ConfigError, DataError, RunError or CheckpointError; and when
+    it is stopped by Ctrl-C or SIGTERM, a KeyboardInterrupt that says how to go on.
     """
     require_positive(batch_size=batch_size)
     given: dict[str, Any] = {
@@ -120,17 +122,17 @@ def _make(
 ) -> About:
     done = sum(record.images + len(record.bad) for record in about.shards.values())
     _require_room(folder, about, len(source) - done, console)
+    stop = StopRequest("this batch is done")
     try:
-        with _bar(len(source), done, console) as bar:
+        with stop, _bar(len(source), done, console) as bar:
             maker = Maker(
                 folder, source, model, batch_size, workers, max_bad_images(len(source), asked.max_bad_fraction),
-                on_images=bar.images, on_shard=bar.shard,
+                on_images=bar.images, on_shard=bar.shard, stop_asked=stop,
             )  # fmt: skip
             return maker.make(about)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         advice = f"stopped. To go on after the last whole shard: nextblock cache-latents --resume {folder}"
-        console.print(advice, highlight=False, markup=False, soft_wrap=True)
-        raise
+        raise Stopped(advice, stop.received) from error
 
 
 def _require_room(folder: Path, about: About, images: int, console: Console) -> None:

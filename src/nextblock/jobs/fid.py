@@ -15,18 +15,18 @@ from rich.console import Console
 
 from nextblock.data.loading import default_workers
 from nextblock.data.sources.views import Subset
-from nextblock.errors import ConfigError, RunError, nearest
+from nextblock.errors import ConfigError, RunError
 from nextblock.evaluation.extractors import EncoderFeatures, Extractor, InceptionFile, PixelFeatures
-from nextblock.evaluation.generation import METRICS, PRECISION_COUNT, require_precision_count
+from nextblock.evaluation.generation import METRICS, PRECISION_COUNT, metric_hint, require_precision_count
 from nextblock.evaluation.image_sets import ImageSet, first_shape, open_image_set
-from nextblock.jobs.fid_report import Judged, tell, write_judged
+from nextblock.jobs.fid_report import Judged, claimed, tell, write_judged
 from nextblock.jobs.fid_run import FidSettings, judge
 from nextblock.jobs.opening import open_encoder, require_positive
 from nextblock.randomness import shuffled
 from nextblock.training.launch import pick_device
-from nextblock.training.run_folder import claim_folder
 
 SCORE = "inception_score"
+_IS = {"samples": "are", "reference": "is"}
 
 
 def fid(
@@ -34,6 +34,7 @@ def fid(
     samples: Any,
     reference: Any,
     inception: str | Path | None = None,
+    inception_sha256: str | None = None,
     encoder: str | Path | None = None,
     pixels: bool = False,
     out: str | Path | None = None,
@@ -63,8 +64,8 @@ def fid(
         reference: real images, or their statistics, named in the same ways.
         inception: images are compared by features, so give this, encoder or pixels. This is a local TorchScript file
             of Inception v3, the one that papers use (inception-2015-12-05.pt); only with its features is the distance
-            called FID. Loading a TorchScript file runs code from it: use one whose origin you know. Its SHA-256 is
-            told with the result.
+            called FID. Its SHA-256 is told with the result.
+        inception_sha256: the hash of that file, by which you say that you trust it: loading it runs code from it.
         encoder: instead of Inception, the run of a nextblock encoder or a folder of its exported weights.
         pixels: instead of either, the pixels themselves; for small images.
         out: a new or empty folder for fid.json; features lie there while they are needed. Without it the numbers are
@@ -75,7 +76,8 @@ def fid(
         reference_split: which split of the reference, where it has several.
         image_column: the column with the images, in Parquet and hf: data.
         data_root: folder of the benchmark data sets; $NEXTBLOCK_DATA or ./datasets when left out.
-        count: take so many images of each set, drawn at random; 0 = all.
+        count: take so many images of each set, drawn at random, so that both are equally large; 0 = all. More than a
+            set has is refused. Statistics are taken as they are.
         size_px: with inception or pixels, bring all images to this size first (shorter side, then the centre); 0 = the
             size of the first sample. An encoder has its own preprocessing.
         metrics: which numbers, separated by commas: frechet, kid, precision_recall, inception_score; "all" = whatever
@@ -97,28 +99,29 @@ def fid(
     require_precision_count(precision_count)
     if count < 0 or count == 1:
         raise ConfigError(f"--count is 0 (all) or at least 2, as one image is no set; got {count}.")
-    features = _Features(inception, encoder, pixels, size_px, last_layers, bidirectional)
+    features = _Features(inception, inception_sha256, encoder, pixels, size_px, last_layers, bidirectional)
     how = FidSettings(
         seed, batch_size, default_workers() if workers < 0 else workers, pick_device(device),
         _metrics(metrics, features.kind), precision_count,
     )  # fmt: skip
     target = None if save_stats is None else _new_statistics(Path(save_stats))
     folder = None if out is None else Path(out)
-    if folder is not None:
-        claim_folder(folder)
     console, opened = Console(quiet=quiet), partial(open_image_set, image_column=image_column, root=data_root)
-    with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) as scratch:
-        place = Path(scratch)
-        sets = {
-            side: _drawn(opened(spec, split=part, scratch=place), side, count, seed)
-            for side, spec, part in (("samples", samples, split), ("reference", reference, reference_split))
-        }
-        _check_sets(sets, features.kind, metrics, target)
-        shape = _shape(sets, size_px)
-        judged = judge(sets, features.extractor(shape, how.device), shape and shape[:2], how, place, target, console)
-    if folder is not None:
-        judged = dataclasses.replace(judged, folder=folder)
-        write_judged(folder, judged)
+    with claimed(folder):
+        with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) as scratch:
+            place = Path(scratch)
+            sets = {
+                side: opened(spec, split=part, scratch=place)
+                for side, spec, part in (("samples", samples, split), ("reference", reference, reference_split))
+            }
+            _check_sets(sets, features.kind, metrics, target)
+            sets = _drawn(sets, count, seed)
+            shape = _shape(sets, size_px)
+            extractor = features.extractor(shape, how.device)
+            judged = judge(sets, extractor, shape and shape[:2], how, place, target, console)
+        if folder is not None:
+            judged = dataclasses.replace(judged, folder=folder)
+            write_judged(folder, judged)
     tell(console, judged)
     return judged
 
@@ -128,6 +131,7 @@ class _Features:
     """The features that were asked for; the arguments of `fid`. Raises ConfigError for two kinds at a time."""
 
     inception: str | Path | None
+    inception_sha256: str | None
     encoder: str | Path | None
     pixels: bool
     size_px: int
@@ -152,7 +156,7 @@ class _Features:
     def extractor(self, shape: tuple[int, int, int] | None, device: str) -> Extractor | None:
         """What computes them of images of this height, width and channels; None when there are none to compute."""
         if self.inception is not None:
-            return InceptionFile(self.inception, device)
+            return InceptionFile(self.inception, device, sha256=self.inception_sha256)
         if self.encoder is not None:
             found = open_encoder(self.encoder, device)
             return EncoderFeatures(
@@ -170,7 +174,7 @@ def _metrics(asked: str, kind: str | None) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in asked.split(",")))
     for name in names:
         if name not in known:
-            hint = nearest(name, known)
+            hint = metric_hint(name, known)
             raise ConfigError(f"no metric is named '{name}'.{hint} There are {', '.join(known)}, and all.")
     if SCORE in names and kind != "inception":
         raise ConfigError("the Inception score needs the classes of --inception FILE.")
@@ -209,8 +213,23 @@ def _new_statistics(path: Path) -> Path:
     return path
 
 
-def _drawn(found: ImageSet, side: str, count: int, seed: int) -> ImageSet:
-    """`count` random images of the set, in its order; all of it when it has no more, or count is 0."""
+def _drawn(sets: dict[str, ImageSet], count: int, seed: int) -> dict[str, ImageSet]:
+    """`count` random images of each set, in its order; all when count is 0. Statistics stay as they are.
+
+    Raises ConfigError when a set has fewer.
+    """
+    sizes = {side: len(found.source) for side, found in sets.items() if found.source is not None}
+    few = {side: size for side, size in sizes.items() if size < count}
+    if few:
+        told = " and ".join(f"the {side} {_IS[side]} {size:,} images" for side, size in few.items())
+        raise ConfigError(
+            f"--count {count} takes as many images of each set, but {told}. Take at most {min(few.values())}, or 0 for "
+            "all of both."
+        )
+    return {side: _some(found, side, count, seed) for side, found in sets.items()}
+
+
+def _some(found: ImageSet, side: str, count: int, seed: int) -> ImageSet:
     total = 0 if found.source is None else len(found.source)
     if found.source is None or not 0 < count < total:
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from nextblock.evaluation.generation import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Watch
-from nextblock.training.run_folder import write_text
+from nextblock.training.run_folder import claim_folder, write_text
 
 FILE = "fid.json"
+HIGH_RECALL, NO_PRECISION = 0.9, 0.05
 _PRECISION = f"k = {NEIGHBOURS} nearest neighbours, of precision_counts images drawn at random, float64"
 _COMPUTED = {
     "frechet": "squared 2-Wasserstein distance of Gaussians, covariance divided by N - 1, float64",
@@ -89,6 +90,11 @@ def notes_on(
             )
     if "precision_counts" in results and results["precision_counts"] != results["counts"]:
         notes.append(_on_precision(*results["precision_counts"], *results["counts"]))
+    if (results.get("recall") or 0) > HIGH_RECALL and (results.get("precision") or 0) < NO_PRECISION:
+        notes.append(
+            f"Recall is {results['recall']:.2f} though precision is {results['precision']:.2f}: samples that lie far "
+            "from each other have wide balls around them, and those hold nearly anything. Recall says little here."
+        )
     for side, report in (("samples", samples), ("reference images", reference)):
         if report.of_another_size and size_px:
             notes.append(
@@ -158,6 +164,26 @@ def _counts(counts: Sequence[int | None]) -> str:
     return " to ".join("?" if count is None else f"{count:,}" for count in counts)
 
 
+@contextmanager
+def claimed(folder: Path | None) -> Iterator[None]:
+    """Hold a new or empty folder; where it was made for nothing, because what follows fails, it is gone again.
+
+    None = there is none to hold. Raises RunError when something is in it.
+    """
+    if folder is None:
+        yield
+        return
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        claim_folder(folder)
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that holds something stays
+            for path in new:
+                path.rmdir()
+        raise
+
+
 def write_judged(folder: Path, judged: Judged) -> None:
     """fid.json: all of it, and how the numbers were computed."""
     values = dataclasses.asdict(judged)
@@ -184,4 +210,4 @@ def bars(console: Console) -> Iterator[Watch]:
         yield watch
 
 
-__all__ = ["FILE", "Judged", "SetReport", "bars", "notes_on", "tell", "write_judged"]
+__all__ = ["FILE", "Judged", "SetReport", "bars", "claimed", "notes_on", "tell", "write_judged"]

@@ -111,6 +111,8 @@ def _require_same_settings(folder: Path, stored: Asked, asked: Asked) -> None:
 def open_images(asked: Asked, dataset: Any) -> Source:
     """The images as a source: a Python object where given, else what `asked` names."""
     spec = asked.dataset if dataset is None or asked.dataset is not None else dataset
+    if isinstance(spec, str):
+        _require_known(spec, spec if dataset is None else os.fspath(dataset))
     if isinstance(spec, str) and is_named(spec):
         split = None if asked.split in ("train", "test") else asked.split
         opened = open_labelled(
@@ -118,11 +120,19 @@ def open_images(asked: Asked, dataset: Any) -> Source:
             image_column=asked.image_column, label_column=asked.label_column,
         )  # fmt: skip
         return opened.test if asked.split == "test" else opened.train
-    if isinstance(spec, str) and not (os.path.exists(spec) or spec.startswith("hf:") or glob.has_magic(spec)):
-        name = os.path.basename(spec)
-        if hint := nearest(name, NAMED):
-            raise DataError(f"no such file or folder: {spec}; and no data set is named '{name}'.{hint}")
     return open_source(spec, split=asked.split, image_column=asked.image_column, label_column=asked.label_column)
+
+
+def _require_known(spec: str, given: str) -> None:
+    """Raise DataError, in the words of what was `given`, when `spec` is nothing that can be opened."""
+    if os.path.exists(spec) or is_named(spec) or spec.startswith("hf:") or glob.has_magic(spec):
+        return
+    parent, name = os.path.split(spec)
+    siblings = os.listdir(parent) if os.path.isdir(parent) else []
+    raise DataError(
+        f"'{given}' is neither a file or folder here nor a data set's name.{nearest(name, [*NAMED, *siblings])} "
+        "`nextblock datasets` lists the names; for the Hugging Face hub write hf:NAME."
+    )
 
 
 def begin(folder: Path, asked: Asked, source: Source, vae: Autoencoder) -> About:

@@ -57,9 +57,10 @@ def sample(
         run: a run of train-generator, finished or still going, or a folder of exported weights.
         classes: names or numbers with commas between them; "all", or left out, means every class in turn. Where a
             class's name is a number, that name is meant.
-        n: images in all.
+        n: images in all. More than a folder holds are added to it; those that are there stay.
         seed: image i depends on the seed and i alone.
-        guidance: how strongly the class is insisted on; 1 = not beyond what the model learned.
+        guidance: how strongly the class is insisted on; 1 = not beyond what the model learned, down to 0 = as if no
+            class were given.
         guidance_schedule: "linear" (rising over the entities, as published) or "constant".
         guidance_interval: guide only at times between these two (0 = image, 1 = noise), as in 0.1,0.8.
         steps: solver steps for each entity.
@@ -71,11 +72,12 @@ def sample(
             their number.
         known_entities: so many entities are kept, the earliest ones. Later ones cannot be: an entity is made from
             those before it alone. Of a scale pyramid the known ones are the coarse scales.
-        out: a new folder, or one that the same command began; by default a dated one here.
+        out: a new folder, or one that the same command began, perhaps with a smaller n; by default a dated one here.
         npz: write samples.npz, too, the file that ADM's evaluation reads.
         animation: so many images are shown coming about in entities.gif; 0 = none.
         batch_size: images at once. Image i is always made in batch i // batch_size, so a job that is killed and
-            continued gives the images of one that is not, to the bit on the same machine and number of processes.
+            continued gives the images of one that is not, to the bit on the same machine and number of processes. Where
+            n grows, images that share a batch with earlier ones are those of a larger n from the start to rounding.
         precision: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16", of the model.
         state: "float64" (as published) or "float32", of what the solver integrates.
         device: "auto", "cpu" or "cuda".

@@ -39,7 +39,7 @@ class SampleFolder:
         self.images = self.path / "images"
         self.sheet, self.animation = self.path / "contact-sheet.png", self.path / "entities.gif"
         self.npz = self.path / "samples.npz"
-        self._digits = max(6, len(str(count - 1)))
+        self._digits = _digits(count)
 
     def image(self, number: int) -> Path:
         return self.images / f"{number:0{self._digits}d}.png"
@@ -62,7 +62,7 @@ class SampleFolder:
         return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
     def claim(self, record: Mapping[str, Any]) -> None:
-        """Take an empty folder, or go on in one that the same things made.
+        """Take an empty folder, or go on in one that the same things made, or fewer images of the same.
 
         Args:
             record: what makes the images, plain values; `settings` and `source` decide whether it is the same.
@@ -71,23 +71,51 @@ class SampleFolder:
         """
         file = self.path / RECORD
         if file.is_file():
-            changed = _differences(_read(file), record)
-            if changed and self.images.is_dir() and any(self.images.glob("[0-9]*.png")):
-                raise RunError(
-                    f"{self.path} holds images that were made otherwise: {'; '.join(changed)}. "
-                    "Give what was given then, or choose another --out."
-                )
+            before = _read(file)
+            changed = _differences(before, record)
             if not changed:
                 return
+            if self.images.is_dir() and any(self.images.glob("[0-9]*.png")):
+                if not _grows(before, record):
+                    raise RunError(
+                        f"{self.path} holds images that were made otherwise: {'; '.join(changed)}. "
+                        "Give what was given then, or choose another --out."
+                    )
+                self._forget_pictures(before)
         else:
             claim_folder(self.path, "Choose another --out.")
         self.images.mkdir(exist_ok=True)
         write_text(file, to_json(dict(record)))
 
+    def _forget_pictures(self, before: Mapping[str, Any]) -> None:
+        """Remove what shows too few images, before the record tells of more: a kill in between leaves it to be drawn.
+
+        The animation shows images of the first batch: where that was full, it shows the same ones again.
+        """
+        self.sheet.unlink(missing_ok=True)
+        if before["settings"]["n"] < before["settings"]["batch_size"]:
+            self.animation.unlink(missing_ok=True)
+
+    @property
+    def finished(self) -> bool:
+        return bool(_read(self.path / RECORD).get("finished"))
+
     def finish(self, **facts: Any) -> None:
         """Add `facts` to the record."""
         file = self.path / RECORD
         write_text(file, to_json(_read(file) | facts))
+
+    def npz_is_short(self) -> bool:
+        """Whether there is a sample file, and it is of other images than all of them: of fewer, before more came."""
+        if not self.npz.exists():
+            return False
+        try:
+            with zipfile.ZipFile(self.npz) as archive, archive.open("arr_0.npy") as file:
+                np.lib.format.read_magic(file)
+                shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            return True  # damaged
+        return int(shape[0]) != self.count
 
     def write_npz(self, labels: NDArray[np.int64] | None) -> None:
         """The ADM sample file: arr_0 uint8 [N, H, W, 3] in the images' order, arr_1 int64 [N] (with classes).
@@ -105,6 +133,11 @@ class SampleFolder:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as file:
                     _array_header(file, (self.count,), "<i8")
                     file.write(labels.astype("<i8").tobytes())
+
+
+def _digits(count: int) -> int:
+    """Of a number in a name, where there are so many images."""
+    return max(6, len(str(count - 1)))
 
 
 def _array_header(file: IO[bytes], shape: tuple[int, ...], kind: str) -> None:
@@ -141,6 +174,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
             if old.get(name) != new.get(name)
         ]
     return told
+
+
+def _grows(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether nothing is asked for but more images, and their names have as many digits as those that are there."""
+    old, new = before["settings"].get("n", 0), now["settings"].get("n", 0)
+    same = dict(before) | {"settings": before["settings"] | {"n": new}}
+    return old < new and _digits(old) == _digits(new) and not _differences(same, now)
 
 
 def _short(value: Any) -> str:

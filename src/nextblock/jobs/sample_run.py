@@ -70,7 +70,7 @@ class SampleRun:
         before = sum(map(len, todo.values()))
         quiet = self.console.quiet or not self.fabric.is_global_zero
         progress = SampleProgress(folder.count, folder.count - before, None if quiet else self.console)
-        with StopRequest() as stop, progress:
+        with StopRequest("this solver step is done") as stop, progress:
             left = self._rounds(folder, todo, animated, stop, progress)
         if left:
             return self._stopped(folder, left, stop.received)
@@ -168,11 +168,11 @@ class SampleRun:
         """What is made of all images."""
         if not folder.sheet.exists():
             draw_sheet(folder, self.settings.classes, self.maker.opened.classes)
-        if npz and not folder.npz.exists():
+        if folder.npz_is_short() or (npz and not folder.npz.exists()):
             labels = self.settings.labels(range(self.settings.n))
             folder.write_npz(None if labels is None else labels.numpy())
             self._say(f"sample file: {folder.npz}")
-        if anew:
+        if anew or not folder.finished:
             folder.finish(finished=time.strftime("%Y-%m-%d %H:%M:%S %z"))
             self._say(f"{folder.count:,} images and {folder.sheet.name} in {folder.path}")
 

@@ -90,10 +90,11 @@ class XARConfig:
     def _check_heads(self) -> None:
         if self.width % self.num_heads or self.width // self.num_heads % 4:
             fits = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h % 4 == 0]
-            close = sorted(sorted(fits, key=lambda h: abs(h - self.num_heads))[:3])
+            close = ", ".join(map(str, sorted(sorted(fits, key=lambda h: abs(h - self.num_heads))[:3])))
+            advice = f"nearest num_heads that do: {close}" if close else "none does: take a width divisible by 4"
             raise ConfigError(
                 f"width {self.width} does not divide into num_heads {self.num_heads} heads whose width is divisible "
-                f"by 4; nearest that do: {', '.join(map(str, close)) or 'none, take a width divisible by 4'}."
+                f"by 4; {advice}."
             )
 
     def _check_grid(self) -> None:

@@ -33,7 +33,7 @@ class Guidance:
     """Classifier-free guidance (arXiv 2207.12598): v = v(no class) + scale · (v(class) - v(no class)).
 
     Attributes:
-        scale: 1 = none.
+        scale: 1 = none; more insists on the class; less, down to 0 = as if no class were given, lets go of it.
         schedule: "linear", from 1 at the first entity to `scale` at the last (the official code; a single entity gets
             `scale`), or "constant".
         interval: (low, high); at times outside, nothing is guided (arXiv 2404.07724).
@@ -49,6 +49,11 @@ class Guidance:
             raise ConfigError(f"guidance_schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}.{hint}")
         if not math.isfinite(self.scale):
             raise ConfigError(f"guidance must be a finite number; got {self.scale!r}.")
+        if self.scale < 0:
+            raise ConfigError(
+                f"guidance must be 0 or more (1 = no guidance, more insists on the class, 0 = as if no class were "
+                f"given); got {self.scale:g}."
+            )
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ConfigError(f"guidance_interval must be (low, high) inside 0..1; got {self.interval!r}.")
 

@@ -90,7 +90,7 @@ class About:
             shards = {int(number): ShardRecord.from_dict(record) for number, record in values["shards"].items()}
             known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
             return cls(**known | {"shape": tuple(values["shape"]), "shards": shards})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
 
 
@@ -174,7 +174,8 @@ class LatentCache:
         self.labels: NDArray[np.int64] = np.concatenate([np.array(shard.array("labels")) for shard in self._shards])
         made_of = [about.vae["sha256"], about.preprocessing, about.classes]
         self.fingerprint = digest([*made_of, *(shard.record.sha256 for shard in self._shards)])
-        named = f"{len(about.classes)} classes" if about.classes else "no class names"
+        count = len(about.classes or ())
+        named = f"{count} class{'' if count == 1 else 'es'}" if count else "no class names"
         self.description = (
             f"{folder}: latents of {len(self):,} images at {self.image_size_px} px, "
             f"{about.shape[0] // 2} x {about.shape[1]} x {about.shape[2]}, {named}"

@@ -38,6 +38,7 @@ class Maker:
     forward pass, of which a shard has whole ones and a rest; it changes the moments by rounding only. workers: loading
     processes. max_bad: so many images may be broken; they are left out. timeout_s: longest wait for a batch. on_images:
     called with the number of images just done, for a progress bar. on_shard: called when a shard is recorded.
+    stop_asked: looked at before each batch.
     """
 
     folder: Path
@@ -49,12 +50,13 @@ class Maker:
     timeout_s: float = 600.0
     on_images: Callable[[int], None] = lambda count: None
     on_shard: Callable[[About], None] = lambda about: None
+    stop_asked: Callable[[], bool] = lambda: False
 
     def make(self, about: About) -> About:
         """Make the shards that `about` lacks, and record each in latents.json as soon as it is whole.
 
         Returns the finished `about`. Raises DataError when too many images are broken, labels are outside the classes,
-        moments are not finite, or the disk refuses.
+        moments are not finite, or the disk refuses; KeyboardInterrupt when a stop is asked for.
         """
         todo = [number for number in range(about.shard_count) if number not in about.shards]
         plan = (part for number in todo for part in _parts(about, number, self.batch_size))
@@ -82,6 +84,8 @@ class Maker:
         names: list[str] = []
         bad: list[BadSample] = []
         for batch in islice(batches, len(parts)):
+            if self.stop_asked():
+                raise KeyboardInterrupt  # the shard that is being made is lost, those before are recorded
             bad += batch.bad
             self._require_few(about, bad)
             called = [self.source.name(int(index)) for index in batch.indices]

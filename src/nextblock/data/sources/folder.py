@@ -144,11 +144,15 @@ def open_folder(root: str) -> FileSource:
         raise DataError(_no_images(root, scan.ignored))
     classes, labels = scan.classes()
     ignored = sum(scan.ignored.values())
-    description = f"{root}: {count} image files"
-    description += f", {len(classes)} classes (first-level folders)" if classes else ", no labels"
-    description += f", {ignored} other files ignored" if ignored else ""
+    description = f"{root}: {_counted(count, 'image file')}"
+    description += f", {_counted(len(classes), 'class', 'es')} (first-level folders)" if classes else ", no labels"
+    description += f", {_counted(ignored, 'other file')} ignored" if ignored else ""
     ends = np.array(scan.ends, dtype=np.int64)
     return FileSource(os.fsencode(root), bytes(scan.names), ends, description, classes, labels)
+
+
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{'' if count == 1 else plural}"
 
 
 def _no_images(root: str, ignored: Counter[str]) -> str:
@@ -175,4 +179,4 @@ def open_files(paths: Sequence[str]) -> FileSource:
         else:
             raise DataError(f"{path} has no image extension. Accepted: {' '.join(EXTENSIONS)}")
     ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-    return FileSource(b"", b"".join(names), ends, f"{len(names)} image files")
+    return FileSource(b"", b"".join(names), ends, _counted(len(names), "image file"))
