@@ -5,9 +5,28 @@ How weights lie in files is the business of `checkpoints`, a floor above the mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
+
+_WEIGHTS_FOLLOW: ContextVar[bool] = ContextVar("weights follow", default=False)
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """Models made here, in this thread, leave out their initialisation: every number is about to be loaded."""
+    before = _WEIGHTS_FOLLOW.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS_FOLLOW.reset(before)
+
+
+def initialization_is_needed() -> bool:
+    """False within `weights_follow`."""
+    return not _WEIGHTS_FOLLOW.get()
 
 
 class Portable:

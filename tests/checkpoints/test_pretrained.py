@@ -205,3 +205,16 @@ def test_a_feature_map_is_the_features_as_a_picture() -> None:
     assert torch.equal(
         padded[..., :5, :7], encoder.feature_map(torch.nn.functional.pad(odd, (0, 2, 0, 3)))[..., :5, :7]
     )
+
+
+def test_loading_leaves_initialisation_out_and_only_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    draw = torch.nn.init.trunc_normal_
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *a, **k: drawn.append("") or draw(*a, **k))
+    XTRA(TINY).save_pretrained(tmp_path / "kept")
+    assert drawn
+    drawn.clear()
+    XTRA.from_pretrained(tmp_path / "kept")
+    assert not drawn
+    XTRA(TINY)
+    assert drawn

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nextblock.errors import CheckpointError, nearest
+from nextblock.portable import weights_follow
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
 from nextblock.xtra.classifier import Classifier, HeadConfig
@@ -41,10 +42,15 @@ def describe(model: Model) -> dict[str, Any]:
 
 
 def make(about: Mapping[str, Any], where: object) -> Model:
-    """The inverse of `describe`, with parameters as they are initialised.
+    """The inverse of `describe`; the parameters are to be loaded, and hold no sensible numbers before.
 
     Raises CheckpointError for an unknown kind; ConfigError, KeyError or TypeError for sizes that cannot be.
     """
+    with weights_follow():
+        return _made(about, where)
+
+
+def _made(about: Mapping[str, Any], where: object) -> Model:
     kind = about.get("model_type")
     if kind == "xar":
         return XAR(XARConfig.from_dict(about["config"]))

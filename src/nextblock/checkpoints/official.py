@@ -15,6 +15,7 @@ from nextblock.checkpoints.name_table import Row, count, find_row, load_by_table
 from nextblock.checkpoints.sizes import Sizes, completed, square
 from nextblock.errors import CheckpointError
 from nextblock.ordering import as_pair
+from nextblock.portable import weights_follow
 from nextblock.xtra.config import PRESETS, XTRAConfig
 from nextblock.xtra.model import XTRA
 
@@ -199,6 +200,7 @@ def load_official_xtra(
     tensors, _ = without_prefix(read_tensors(path), PREFIXES)
     if config is None:
         config = XTRAConfig(**xtra_sizes(tensors, path, given, preset).values)
-    model = XTRA(config)
+    with weights_follow():
+        model = XTRA(config)
     load_by_table(model, tensors, XTRA_TABLE, config, path)
     return model

@@ -16,6 +16,7 @@ from nextblock.checkpoints.name_table import Row, count, load_by_table, require_
 from nextblock.checkpoints.sizes import Sizes, completed, square
 from nextblock.errors import ConfigError
 from nextblock.layers.rope import THETA
+from nextblock.portable import weights_follow
 from nextblock.xar.config import PRESETS, XARConfig
 from nextblock.xar.model import XAR
 
@@ -146,6 +147,7 @@ def load_official_xar(
     tensors = read_tensors(path, WRAPPERS)
     if config is None:
         config = XARConfig(**xar_sizes(tensors, path, given, preset).values)
-    model = XAR(config)
+    with weights_follow():
+        model = XAR(config)
     load_by_table(model, tensors, xar_table(config.depth), config, path)
     return model.eval()

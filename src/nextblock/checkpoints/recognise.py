@@ -38,6 +38,7 @@ from nextblock.checkpoints.official import (
 from nextblock.checkpoints.official_kl16 import kl16_of, kl16_tensors
 from nextblock.checkpoints.official_xar import xar_buffers, xar_sizes, xar_table
 from nextblock.errors import CheckpointError
+from nextblock.portable import weights_follow
 from nextblock.vae import Autoencoder
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
@@ -105,12 +106,11 @@ def read_official(path: str | Path, asked: Asked | None = None) -> Recognised:
     kind = recognise(tensors, path)
     model: Model | Autoencoder
     origin: dict[str, str] = {}
-    if kind == "xar":
-        model, origin, dropped = _xar(tensors, path, asked)
-    elif kind == "kl16":
+    if kind == "kl16":
         model, dropped = kl16_of(tensors, path)
     else:
-        model, origin, dropped = _xtra(kind, tensors, path, asked)
+        with weights_follow():
+            model, origin, dropped = _xar(tensors, path, asked) if kind == "xar" else _xtra(kind, tensors, path, asked)
     layout = {
         "kind": kind, "wrapper": found.wrapper, "prefix": prefix, "dtypes": other_dtypes(tensors),
         "buffers": kind == "xar" and bool(dropped),

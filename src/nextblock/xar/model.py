@@ -19,7 +19,7 @@ from nextblock.layers.patches import patchify
 from nextblock.layers.rope import axial_angles, rotation
 from nextblock.mask import block_causal_mask, teacher_forcing_mask
 from nextblock.ordering import Ordering
-from nextblock.portable import Portable
+from nextblock.portable import Portable, initialization_is_needed
 from nextblock.xar.config import XARConfig
 from nextblock.xar.layers import NORM_EPS, Steering, TimeEmbedding, XARLayer
 from nextblock.xar.objective import draw_times, entity_loss
@@ -39,6 +39,8 @@ def initialize(module: nn.Module) -> None:
     weights of norms                       1
     =====================================  ==========================================
     """
+    if not initialization_is_needed():
+        return
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

@@ -17,7 +17,7 @@ from nextblock.layers.patches import entity_pixels, patchify, resized_positions
 from nextblock.layers.transformer import MLP, NORM_EPS, Transformer
 from nextblock.mask import block_causal_mask
 from nextblock.ordering import Ordering, as_pair
-from nextblock.portable import Portable
+from nextblock.portable import Portable, initialization_is_needed
 from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.objective import next_entity_loss, normalize_cells
 
@@ -37,6 +37,8 @@ def initialize(module: nn.Module) -> None:
     LayerNorm weight and bias     1 and 0
     ============================  =====================================================
     """
+    if not initialization_is_needed():
+        return
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
             if name.rsplit(".", 1)[-1] == "patch_embed":
