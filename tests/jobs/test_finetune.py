@@ -16,7 +16,7 @@ from nextblock.data.sources import open_source
 from nextblock.data.sources.views import known_labels
 from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.evaluation.inference import inference
-from nextblock.jobs import finetune_run
+from nextblock.jobs import finetune_run, training_run
 from nextblock.jobs.finetune import Finetuned, finetune
 from nextblock.jobs.finetune_config import SECTIONS, FinetuneConfig, choose_training, from_values, to_values
 from nextblock.jobs.finetune_parts import classifier_of, height_in, split_training
@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_bit_identically(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start(run, images, whole, config)
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_run, "StopRequest", StopAfter)
+        patch.setattr(training_run, "StopRequest", StopAfter)
         stopped = start(run, images, cut, config)
     assert (stopped.finished, stopped.steps, stopped.signal) == (False, 5, 2)
     assert not (cut / "exported").exists()

@@ -115,6 +115,26 @@ def test_a_few_images_tell_whether_a_pass_fits(monkeypatch: pytest.MonkeyPatch) 
     assert asked == []
 
 
+def test_running_statistics_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 1))
+    fabric = Fabric(accelerator="cpu", devices=1)
+
+    def loss_of(module: nn.Module, batch: Tensor, step: int) -> Tensor:
+        return module(batch).sum()
+
+    plan = Plan(64, TrainingConfig(batch_size=32), 0, 1)
+    seen: list[int] = []
+
+    def load(positions: Sequence[int]) -> Tensor:
+        seen.append(len(positions))
+        return torch.randn(len(positions), 3) + 5
+
+    require_room_for(fabric, model, loss_of, load, plan)
+    assert seen
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+    assert model[0].num_batches_tracked == 0
+
+
 def test_free_memory_is_that_of_the_machine() -> None:
     free = free_bytes(CPU)
     assert free is None or 2**20 < free < 2**50

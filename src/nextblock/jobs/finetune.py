@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,9 @@ from nextblock.jobs.finetune_parts import split_training
 from nextblock.jobs.finetune_run import Finetuned, FinetuneRun
 from nextblock.jobs.opening import open_encoder
 from nextblock.jobs.record import where
+from nextblock.jobs.starting import new_folder
 from nextblock.recipes.config import typed_section
-from nextblock.training.checkpoint import newest_checkpoint
-from nextblock.training.launch import Fabric, launch, pick_device
+from nextblock.training.launch import launch, pick_device
 from nextblock.training.run_folder import read_config, require_free, require_job
 
 # What may differ when a run goes on. Not the passes of a step: BatchNorm and mixing see a whole forward pass.
@@ -94,7 +92,8 @@ def finetune(
     )  # fmt: skip
     made = FinetuneRun(record, data, launch(settings), console)
     made.model.encoder.load_state_dict(opened.encoder.state_dict())
-    folder = _new_folder(made.fabric, out)
+    made.require_room()
+    folder = new_folder(made.fabric, out, "finetune")
     made.write_record(folder)
     return made.train(folder)
 
@@ -129,17 +128,7 @@ def _resume(
     record = dataclasses.replace(record, **again)
     data = _open(record.finetune, record.training.seed, dataset, test, record.data_root)
     made = FinetuneRun(record, data, launch(record.training), console)
-    made.check_record(folder)
-    _, state = newest_checkpoint(folder / "checkpoints", made.say)
-    step, total = int(state["step"]), made.plan.total_steps
-    if step < total:
-        made.say(f"continuing {folder} after step {step} of {total}")
-        return made.train(folder, state)
-    made.say(f"{folder} is trained: {step} steps.")
-    if (folder / "result.json").is_file():
-        return Finetuned(folder, step, finished=True, result=json.loads((folder / "result.json").read_text()))
-    made.restore(state)  # it was killed between the last step and the result
-    return Finetuned(folder, step, finished=True, result=made.finish(folder))
+    return made.go_on(folder)
 
 
 def _open(config: FinetuneConfig, seed: int, dataset: Any, test: Any, root: str | Path | None) -> Labelled:
@@ -161,12 +150,6 @@ def _chosen(
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     settings: FinetuneTraining = typed_section("training", choice.values.get("training", {}) | dict(given), SECTIONS)
     return settings
-
-
-def _new_folder(fabric: Fabric, out: str | Path | None) -> Path:
-    """The run's folder, by the first process's clock."""
-    folder = Path(out) if out is not None else Path("runs") / f"finetune-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(fabric.broadcast(str(folder)))
 
 
 __all__ = ["SECTIONS", "Finetuned", "finetune"]

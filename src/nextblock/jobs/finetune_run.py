@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,53 +16,53 @@ from nextblock.checkpoints.pretrained import save_pretrained
 from nextblock.data.augment import CropConfig
 from nextblock.data.erasing import prepare
 from nextblock.data.labelled import Labelled
-from nextblock.data.loading import default_workers, evaluation_batches, training_batches
+from nextblock.data.loading import TIMEOUT_S, evaluation_batches
 from nextblock.data.mixing import MIX_UNIFORMS, mix
 from nextblock.data.preprocess import Preprocessing
-from nextblock.data.sources import Source, fingerprint, write_manifest
+from nextblock.data.sources import Source, explain_change, fingerprint, write_manifest
 from nextblock.data.stream import Batch, TrainingStream
 from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation.classification import Classified, classify
 from nextblock.jobs.finetune_config import FinetuneRecord, to_yaml
 from nextblock.jobs.finetune_parts import classifier_of, height_in, split_training
 from nextblock.jobs.finetune_report import finetune_card, finetune_curves
-from nextblock.jobs.record import described_with_labels, header, require_same, start_record
-from nextblock.jobs.run import compile_layers
+from nextblock.jobs.record import described_with_labels, header, require_same
+from nextblock.jobs.training_run import Look, Settings, Trained, TrainingRun
 from nextblock.randomness import uniforms
 from nextblock.training.ema import EMA
 from nextblock.training.launch import Fabric
-from nextblock.training.loop import Intervals, Meters, clipped_update, run_state, train
+from nextblock.training.loop import Loss, Update, clipped_update
 from nextblock.training.optimizer import SteadyBuffers, layer_decay_groups, make_optimizer
 from nextblock.training.plan import Plan
-from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import COLUMNS, RunFolder, environment, to_json, write_text
-from nextblock.training.signals import StopRequest
+from nextblock.training.run_folder import COLUMNS, to_json, write_text
+from nextblock.xtra.classifier import Classifier
 from nextblock.xtra.config import XTRAConfig
 
 EVALUATION_BATCH = 250
+MANIFEST, TEST_MANIFEST, RESULT = "data_manifest.txt.gz", "test_manifest.txt.gz", "result.json"
 METRICS = (*(name for name in COLUMNS if name not in ("knn", "effective_rank")), "val_top1", "ema_val_top1")
 
 
 @dataclass
-class Finetuned:
-    """What a run left: its folder, the steps done, whether it was stopped by a signal (its number, or 0).
+class Finetuned(Trained):
+    """What a run left. `result` is what result.json holds, once the run is finished."""
 
-    `result` is what result.json holds, once the run is finished.
-    """
-
-    folder: Path
-    steps: int
-    finished: bool
-    signal: int = 0
     result: dict[str, Any] | None = None
 
 
-class FinetuneRun:
-    """One run: the configured parts, put together."""
+class FinetuneRun(TrainingRun):
+    """One run: the configured parts, put together. See `TrainingRun`."""
+
+    verb = "finetune"
+    columns = METRICS
+    bad_option = "finetune.max_bad_fraction"
+    data_argument = "dataset=..."
+    model: Classifier
 
     def __init__(self, record: FinetuneRecord, data: Labelled, fabric: Fabric, console: Console) -> None:
+        super().__init__(fabric, console)
         config, seed = record.finetune, record.training.seed
-        self.record, self.config, self.data, self.fabric, self.console = record, config, data, fabric, console
+        self.record, self.config, self.data = record, config, data
         self.train_source, self.val_source = split_training(data.train, config, seed)
         self.preprocessing = Preprocessing.from_dict(record.preprocessing)
         self.plan = Plan(len(self.train_source), record.training, fabric.global_rank, fabric.world_size)
@@ -74,7 +72,9 @@ class FinetuneRun:
             self.train_source, seed, crop, self.preprocessing, config.augmentation, config.erasing
         )
         self.model = classifier_of(config, XTRAConfig.from_dict(record.model), data.classes, seed)
+        self.in_memory = record.dataset is None
         self.ema: EMA | None = None
+        self.result: dict[str, Any] | None = None
 
     def _require_pairs(self) -> None:
         """BatchNorm in the head has no variance to divide by where a forward pass holds one image."""
@@ -84,89 +84,73 @@ class FinetuneRun:
                 f"({self.record.training.batch_size}) or training.per_device_batch."
             )
 
-    def say(self, message: str) -> None:
-        if self.fabric.is_global_zero:
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+    def settings(self) -> Settings:
+        config = self.config
+        return Settings(
+            self.record.training, config.workers, TIMEOUT_S, config.max_bad_fraction, config.evaluate_every_epochs
+        )
 
-    def write_record(self, folder: Path) -> None:
-        """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
-        start_record(self.fabric, folder, self._write_record)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        training, depth = self.record.training, self.model.config.depth
+        groups = layer_decay_groups(
+            self.model, training.weight_decay, self.config.layer_decay, lambda name: height_in(depth, name), depth + 1
+        )
+        return make_optimizer(self.model, training, groups)
 
-    def _write_record(self, folder: Path) -> None:
-        about = environment(self.record.training.seed, self.fabric.device.type)
-        about["data"] = described_with_labels(self.train_source) | {"name": self.data.name, "note": self.data.note}
-        about["test"] = described_with_labels(self.data.test)
-        write_text(folder / "environment.json", to_json(about))
-        write_manifest(self.train_source, folder / "data_manifest.txt.gz")
-        write_manifest(self.data.test, folder / "test_manifest.txt.gz")
-        write_text(folder / "config.yaml", to_yaml(self.record, header("A fine-tuning run")))
+    # --- the record
+
+    def data_record(self) -> dict[str, Any]:
+        return described_with_labels(self.train_source) | {"name": self.data.name, "note": self.data.note}
+
+    def more_record(self) -> dict[str, Any]:
+        return {"test": described_with_labels(self.data.test)}
+
+    def configuration(self) -> str:
+        return to_yaml(self.record, header("A fine-tuning run"))
+
+    def write_manifest(self, file: Path) -> None:
+        write_manifest(self.train_source, file)
+        write_manifest(self.data.test, file.with_name(TEST_MANIFEST))
+
+    def what_changed(self, file: Path) -> str:
+        return explain_change(file, self.train_source)
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
         stored = json.loads((folder / "environment.json").read_text())
-        sides = {"data": (self.train_source, "data_manifest.txt.gz"), "test": (self.data.test, "test_manifest.txt.gz")}
+        sides = {"data": (self.train_source, MANIFEST), "test": (self.data.test, TEST_MANIFEST)}
         require_same(stored, sides, folder)
-        before, threads = stored["torch_threads"], torch.get_num_threads()
-        if before != threads:
-            self.say(f"{threads} threads now, {before} when the run began: equal to rounding, not to the bit.")
+        self.tell_threads(stored)
+
+    # --- training
 
     def train(self, folder: Path, state: dict[str, Any] | None = None) -> Finetuned:
         """Train in `folder` from the start, or from a checkpoint's state."""
-        training, fabric, plan = self.record.training, self.fabric, self.plan
-        start = 0 if state is None else int(state["step"])
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-        if training.compile:
-            compile_layers(self.model)
-        model = fabric.setup_module(self.model)
-        depth = self.model.config.depth
-        groups = layer_decay_groups(
-            self.model, training.weight_decay, self.config.layer_decay, lambda name: height_in(depth, name), depth + 1
-        )
-        optimizer: Any = fabric.setup_optimizers(make_optimizer(self.model, training, groups))
-        meters = Meters.zeros(fabric.device)
-        self._average(state)
-        if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            meters.load(state["meters"])
-        quiet = self.console.quiet or not fabric.is_global_zero
-        progress = TrainingProgress(plan.total_steps, done=start, quiet=quiet, console=self.console)
-        recorder = RunFolder(
-            folder, images=len(self.train_source), max_bad_fraction=self.config.max_bad_fraction, progress=progress,
-            keep_checkpoints=training.keep_checkpoints, start_step=start, rank=fabric.global_rank, columns=METRICS,
-            bad_option="finetune.max_bad_fraction",
-        )  # fmt: skip
-        if state is None:  # so that a run can be resumed from its first moment
-            recorder.save(0, run_state(model, optimizer, meters, plan, 0) | self._extra_state())
-        with StopRequest() as stop, progress:
-            done = train(
-                fabric, model, optimizer, self._batches(start), self._loss, plan, self._intervals(), recorder,
-                start_step=start, meters=meters, stop_asked=stop, update=self._updater(),
-                extra_state=self._extra_state, evaluate=self._watch if fabric.is_global_zero else lambda done: {},
-            )  # fmt: skip
-        if done < plan.total_steps:
-            return self._stopped(folder, done, stop.received)
-        return Finetuned(folder, done, finished=True, result=self.finish(folder))
+        return self._with_result(super().train(folder, state))
 
-    def _stopped(self, folder: Path, done: int, received: int) -> Finetuned:
-        self.say(f"stopped after step {done} of {self.plan.total_steps}; everything is saved. Continue with:")
-        in_memory = self.record.dataset is None
-        again = f'nextblock.finetune(resume="{folder}", dataset=...)  # in Python'
-        self.say(f"  {again if in_memory else f'nextblock finetune --resume {folder}'}")
-        number = received or signal.SIGTERM if self.fabric.is_global_zero else 0
-        return Finetuned(folder, done, finished=False, signal=number)
+    def go_on(self, folder: Path) -> Finetuned:
+        """Continue a run, or finish it where only its test is missing."""
+        if (folder / RESULT).is_file():
+            self.result = json.loads((folder / RESULT).read_text())
+        return self._with_result(super().go_on(folder))
 
-    def _average(self, state: Mapping[str, Any] | None) -> None:
+    def is_finished(self, folder: Path) -> bool:
+        return self.result is not None
+
+    def _with_result(self, done: Trained) -> Finetuned:
+        return Finetuned(done.folder, done.steps, done.finished, done.signal, self.result if done.finished else None)
+
+    def start_extras(self, state: dict[str, Any] | None) -> None:
         """Start the average of the weights, or take it from a checkpoint."""
         if self.config.ema_decay:
             self.ema = EMA(self.model, self.config.ema_decay)
             if state is not None:
                 self.ema.load(state["ema"])
 
-    def _extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         return {"ema": self.ema.state()} if self.ema else {}
 
-    def _updater(self) -> Any:
+    def updater(self) -> Update:
         """The usual step; the head's running statistics forget a skipped one, and the average follows."""
         buffers = SteadyBuffers(self.model)
 
@@ -181,15 +165,8 @@ class FinetuneRun:
 
         return update
 
-    def _batches(self, start: int) -> Iterator[Batch]:
-        return training_batches(
-            self.stream, self.plan.batches(start), workers=self._workers(),
-            pin_memory=self.fabric.device.type == "cuda",
-        )  # fmt: skip
-
-    def _workers(self) -> int:
-        share = self.fabric.world_size // self.record.training.nodes
-        return default_workers(share) if self.config.workers < 0 else self.config.workers
+    def loss(self) -> Loss:
+        return self._loss
 
     def _loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         """Cross entropy with the mixed targets. Drop path is drawn from (seed, position), the mixing of a forward
@@ -205,20 +182,14 @@ class FinetuneRun:
             drawn = torch.from_numpy(numbers).float().view(-1, depth, 2).to(images.device, non_blocking=True)
         return F.cross_entropy(model(images, drawn).float(), targets)
 
-    def _intervals(self) -> Intervals:
-        training, plan = self.record.training, self.plan
-        every = self.config.evaluate_every_epochs
-        looks = round(every * plan.steps_per_epoch) if every else plan.total_steps // 10
-        return Intervals(
-            log=plan.log_every, evaluate=max(1, looks), checkpoint=training.checkpoint_every_steps,
-            checkpoint_minutes=training.checkpoint_every_minutes,
-        )  # fmt: skip
-
     def _classified(self, source: Source) -> Classified:
-        batches = evaluation_batches(source, self.preprocessing, batch_size=EVALUATION_BATCH, workers=self._workers())
+        batches = evaluation_batches(source, self.preprocessing, batch_size=EVALUATION_BATCH, workers=self.workers())
         return classify(self.model, batches, self.preprocessing)
 
-    def _watch(self, done: int) -> dict[str, float]:
+    def watch(self, folder: Path) -> Look:
+        return self._look
+
+    def _look(self, done: int) -> dict[str, float]:
         """Columns for metrics.csv: the held-out images under the weights, and under their average.
 
         What cannot be measured is told and not tried again: looking never ends a run.
@@ -236,20 +207,16 @@ class FinetuneRun:
             self.val_source, row = None, {}
         return row
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the weights, and their average, of a checkpoint of a run that is trained."""
-        self.model.load_state_dict(state["model"])
-        self.model.to(self.fabric.device)
-        self._average(state)
-
-    def finish(self, folder: Path) -> dict[str, Any] | None:
+    def finish(self, folder: Path) -> None:
         """Export the weights (the average, where there is one) and judge them on the test images, once."""
         if not self.fabric.is_global_zero:
-            return None
+            return
+        self.model.to(self.fabric.device)
         if self.ema:
             with self.ema.swapped():
-                return self._finish(folder)
-        return self._finish(folder)
+                self.result = self._finish(folder)
+        else:
+            self.result = self._finish(folder)
 
     def _finish(self, folder: Path) -> dict[str, Any]:
         """The weights first: they are there whatever becomes of the test."""
@@ -273,7 +240,7 @@ class FinetuneRun:
             "weights_sha256": json.loads((exported / "config.json").read_text())["sha256"],
             "test_data_sha256": fingerprint(self.data.test).sha256,
         }  # fmt: skip
-        write_text(folder / "result.json", to_json(result))
+        write_text(folder / RESULT, to_json(result))
         self.say(
             f"test images of {self.data.name}: {measured['top1']:.2f} % right, {measured['mean_per_class']:.2f} % mean "
             f"over classes, macro F1 {measured['macro_f1']:.2f} ({len(found):,} images)"

@@ -1,14 +1,14 @@
-"""What every training from nothing does in its run folder: record, train, stop, resume, finish."""
+"""What every training does in its run folder: record, train, stop, resume, finish."""
 
 from __future__ import annotations
 
 import json
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from nextblock.jobs.record import header, start_record
 from nextblock.layers.transformer import TransformerLayer
 from nextblock.recipes.config import to_yaml
 from nextblock.training.checkpoint import newest_checkpoint
+from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.loop import Intervals, Loss, Meters, Update, run_state, train
 from nextblock.training.memory import require_room_for
@@ -43,19 +44,32 @@ class Trained:
     signal: int = 0
 
 
+class Settings(NamedTuple):
+    """What the loop needs of a run's configuration. look_every_epochs: 0 = ten times a run."""
+
+    training: TrainingConfig
+    workers: int
+    timeout_s: float
+    max_bad_fraction: float
+    look_every_epochs: float
+
+
 class TrainingRun(ABC):
     """One run: the configured parts, put together. A job's own run sets what is listed here and fills the gaps below.
 
     Attributes:
         verb: of the shell, as is told when a run stops; the function is called the same, with underscores.
         columns: of metrics.csv.
-        config: with the sections data, training and watch.
+        bad_option: what raises the share of broken images that a run bears.
+        config: with the sections data, training and watch; a run that has others fills in `settings`.
         stream: of the training data, see `data.stream.TrainingStream`.
         in_memory: the training data are a Python object, which no command line can name.
     """
 
     verb: str
     columns: Sequence[str] = COLUMNS
+    bad_option = "data.max_bad_fraction"
+    data_argument = 'data={"train": ...}'
     config: Any
     stream: Any
     plan: Plan
@@ -91,6 +105,25 @@ class TrainingRun(ABC):
     def finish(self, folder: Path) -> None:
         """Export the weights and draw the curves; called on every process."""
 
+    def settings(self) -> Settings:
+        """What the sections of the configuration say about the training."""
+        config = self.config
+        return Settings(
+            config.training, config.data.workers, config.data.timeout_s, config.data.max_bad_fraction,
+            config.watch.every_epochs,
+        )  # fmt: skip
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.settings().training)
+
+    def configuration(self) -> str:
+        """The content of config.yaml."""
+        return to_yaml(self.config, header("A run"))
+
+    def is_finished(self, folder: Path) -> bool:
+        """Whether a run whose steps are all done has been finished too, and not killed in between."""
+        return (folder / "exported").is_dir()
+
     def more_record(self) -> dict[str, Any]:
         """What else environment.json tells."""
         return {}
@@ -119,8 +152,9 @@ class TrainingRun(ABC):
         """
         problem: RunError | None = None
         # Compiled layers may keep less than they keep here; what might fit is never refused.
-        if self.fabric.is_global_zero and not self.config.training.compile:
-            averaged = bool(getattr(self.config.training, "ema_decay", 0))
+        training = self.settings().training
+        if self.fabric.is_global_zero and not training.compile:
+            averaged = bool(getattr(training, "ema_decay", 0))
             try:
                 require_room_for(
                     self.fabric, self.model, self.loss(), self.stream.load, self.plan, averaged=averaged
@@ -136,11 +170,11 @@ class TrainingRun(ABC):
         start_record(self.fabric, folder, self._write_record)
 
     def _write_record(self, folder: Path) -> None:
-        about = environment(self.config.training.seed, self.fabric.device.type) | self.more_record()
+        about = environment(self.settings().training.seed, self.fabric.device.type) | self.more_record()
         about["data"] = self.data_record()
         write_text(folder / "environment.json", to_json(about))
         self.write_manifest(folder / "data_manifest.txt.gz")
-        write_text(folder / "config.yaml", to_yaml(self.config, header("A run")))
+        write_text(folder / "config.yaml", self.configuration())
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
@@ -151,22 +185,26 @@ class TrainingRun(ABC):
                 f"The training data are not those that {folder} was started on: {what}. Bring them back, or start "
                 f"a new run (--init-from {folder} takes its weights)."
             )
+        self.tell_threads(stored)
+
+    def tell_threads(self, stored: Mapping[str, Any]) -> None:
+        """Say so when a resumed run will agree to rounding only. `stored` is environment.json."""
         before, now = stored["torch_threads"], torch.get_num_threads()
         if before != now:
             self.say(f"{now} threads now, {before} when the run began: equal to rounding, not to the bit.")
 
     def train(self, folder: Path, state: dict[str, Any] | None = None) -> Trained:
         """Train in `folder` from the start, or from a checkpoint's state."""
-        config, fabric, plan = self.config, self.fabric, self.plan
+        settings, fabric, plan = self.settings(), self.fabric, self.plan
         start = 0 if state is None else int(state["step"])
         if state is None and (told := plan.repeats()):
             self.say(told)
         if state is not None:
             self.model.load_state_dict(state["model"])
-        if config.training.compile:
+        if settings.training.compile:
             compile_layers(self.model)
         model = fabric.setup_module(self.model)
-        optimizer: Any = fabric.setup_optimizers(make_optimizer(self.model, config.training))
+        optimizer: Any = fabric.setup_optimizers(self.make_optimizer())
         meters = Meters.zeros(fabric.device)
         self.start_extras(state)
         if state is not None:
@@ -176,9 +214,9 @@ class TrainingRun(ABC):
         quiet = self.console.quiet or not fabric.is_global_zero
         progress = TrainingProgress(plan.total_steps, done=start, quiet=quiet, console=self.console)
         recorder = RunFolder(
-            folder, images=plan.length, max_bad_fraction=config.data.max_bad_fraction, progress=progress,
-            keep_checkpoints=config.training.keep_checkpoints, start_step=start, rank=fabric.global_rank,
-            columns=self.columns,
+            folder, images=plan.length, max_bad_fraction=settings.max_bad_fraction, progress=progress,
+            keep_checkpoints=settings.training.keep_checkpoints, start_step=start, rank=fabric.global_rank,
+            columns=self.columns, bad_option=self.bad_option,
         )  # fmt: skip
         if state is None:  # so that a run can be resumed from its first moment
             recorder.save(0, run_state(model, optimizer, meters, plan, 0) | self.extra_state())
@@ -203,7 +241,7 @@ class TrainingRun(ABC):
             self.say(f"continuing {folder} after step {step} of {total}")
             return self.train(folder, state)
         self.say(f"{folder} is trained: {step} steps.")
-        if not (folder / "exported").is_dir():  # it was killed between the last step and the export
+        if not self.is_finished(folder):  # it was killed between the last step and the export
             self.model.load_state_dict(state["model"])
             self.start_extras(state)
             self.finish(folder)
@@ -211,23 +249,25 @@ class TrainingRun(ABC):
 
     def _stopped(self, folder: Path, done: int, received: int) -> Trained:
         self.say(f"stopped after step {done} of {self.plan.total_steps}; everything is saved. Continue with:")
-        function = self.verb.replace("-", "_")
-        again = f'nextblock.{function}(resume="{folder}", data={{"train": ...}})  # in Python'
+        again = f'nextblock.{self.verb.replace("-", "_")}(resume="{folder}", {self.data_argument})  # in Python'
         self.say(f"  {again if self.in_memory else f'nextblock {self.verb} --resume {folder}'}")
         number = received or signal.SIGTERM if self.fabric.is_global_zero else 0
         return Trained(folder, done, finished=False, signal=number)
 
     def _batches(self, start: int) -> Iterator[Any]:
-        data, fabric = self.config.data, self.fabric
-        workers = default_workers(fabric.world_size // self.config.training.nodes) if data.workers < 0 else data.workers
         return training_batches(
-            self.stream, self.plan.batches(start), workers=workers, pin_memory=fabric.device.type == "cuda",
-            timeout_s=data.timeout_s,
+            self.stream, self.plan.batches(start), workers=self.workers(),
+            pin_memory=self.fabric.device.type == "cuda", timeout_s=self.settings().timeout_s,
         )  # fmt: skip
 
+    def workers(self) -> int:
+        """Loading processes of this process."""
+        settings = self.settings()
+        share = self.fabric.world_size // settings.training.nodes
+        return default_workers(share) if settings.workers < 0 else settings.workers
+
     def _intervals(self) -> Intervals:
-        training, plan = self.config.training, self.plan
-        every = self.config.watch.every_epochs
+        training, every, plan = self.settings().training, self.settings().look_every_epochs, self.plan
         looks = round(every * plan.steps_per_epoch) if every else plan.total_steps // 10
         return Intervals(
             log=plan.log_every,

@@ -104,7 +104,7 @@ def require_room_for(
         load: positions -> a batch on the CPU.
         averaged: the run keeps an average of the weights.
 
-    Random numbers that are drawn on the way leave torch's generators as they were.
+    Random numbers that are drawn on the way leave torch's generators as they were, and running statistics stay.
     """
     images, device = plan.largest_pass, fabric.device
     if images <= MORE:
@@ -116,8 +116,11 @@ def require_room_for(
         with fabric.autocast():
             return loss_of(model, batch, 0)
 
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         per_image = bytes_per_image(loss)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
     fixed = bytes_to_come(model, averaged=averaged, accumulated=len(plan.micro_batches(0)) > 1)
     sharing = fabric.world_size // plan.config.nodes if device.type == "cpu" else 1
     require_room(per_image, images, device, fixed=fixed, sharing=max(1, sharing))
