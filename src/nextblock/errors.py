@@ -39,6 +39,13 @@ class RunError(NextblockError):
     """A run that cannot start, go on, or be found."""
 
 
+def shown(text: object, most: int = 200) -> str:
+    """A name out of somebody's file, without what would steer the terminal, and not longer than `most` letters."""
+    letters = str(text)
+    cut = letters if len(letters) <= most else f"{letters[:most]}..."
+    return "".join(letter if letter.isprintable() else "?" for letter in cut)
+
+
 def nearest(given: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string when nothing is close."""
     match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)

@@ -128,7 +128,17 @@ def test_damage_and_strangers_are_told(tmp_path: Path) -> None:
     other = folder("other")
     _changed(other, config=TINY.to_dict() | {"width": 32})
     assert "belong to another configuration" in told(other)
-    assert "misshaped" in told(other)
+    small = folder("small")
+    _changed(small, config=TINY.to_dict() | {"width": 8, "predictor_width": 8})
+    assert "misshaped" in told(small)
+    bombs: dict[str, dict[str, Any]] = {
+        "ratio": {"mlp_ratio": 2e8}, "grid": {"image_size_px": [4000, 4000]},
+        "predictor": {"predictor_width": 12000, "predictor_heads": 1},
+    }  # fmt: skip
+    for name, bomb in bombs.items():
+        path = folder(name)
+        _changed(path, config=TINY.to_dict() | bomb)
+        assert any(what in told(path) for what in ("too few for the sizes", "positions; more than"))
     odd = folder("odd")
     _changed(odd, model_type="xtro")
     assert "Did you mean 'xtra'" in told(odd)
@@ -197,6 +207,7 @@ def test_a_feature_map_is_the_features_as_a_picture() -> None:
     assert torch.equal(found.flatten(2).mT, features)
     wide = torch.rand(1, 3, 24, 40)
     assert encoder.feature_map(wide).shape == (1, 16, 6, 10)
+    assert encoder.feature_map(torch.rand(1, 3, 17, 30), pad=True).shape == (1, 16, 5, 8)  # padded to 6 rows of patches
     odd = torch.rand(1, 3, 21, 30)
     with pytest.raises(Exception, match="does not divide into patches"):
         encoder.feature_map(odd)

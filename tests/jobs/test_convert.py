@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from nextblock.checkpoints.pretrained import load_pretrained
 from nextblock.checkpoints.recognise import official_tensors
 from nextblock.cli import main
 from nextblock.errors import CheckpointError, ConfigError, RunError
+from nextblock.jobs import converted_folder
 from nextblock.ordering import Ordering
 from nextblock.vae import Autoencoder
+from nextblock.xar.config import XARConfig
 from nextblock.xtra.classifier import HeadConfig, LayerMean
 from small_kl16 import official_state, write_kl16
 
@@ -92,7 +95,7 @@ def test_xar_golden_numbers_after_the_way_through_our_format(tmp_path: Path) -> 
 
 def test_a_training_file_of_xar_has_averaged_and_last_weights(tmp_path: Path) -> None:
     bare = inner(DATA / "xar_cell8.pth")
-    last = {name: value + 1 if value.is_floating_point() else value for name, value in bare.items()}
+    last = {name: value if name == "mask" else value + 1 for name, value in bare.items()}
     beside = {"epoch": 3, "args": argparse.Namespace(lr=1.0), "optimizer": {"state": {}, "param_groups": []}}
     torch.save({"model": last, "model_ema": bare, **beside}, tmp_path / "c.pth")
     for weights, wanted in (("ema", bare), ("raw", last)):
@@ -257,7 +260,10 @@ def test_what_cannot_be_known_is_asked_for(tmp_path: Path) -> None:
     assert "position embeddings" in told(image_size_px=[8, 8], **heads)
     assert "No such file" in told(file=tmp_path / "none.ckpt")
     assert "without mp_rank_00" in told(file=tmp_path)
-    assert "has its own. Leave it out" in told(encoder=DATA, **heads)
+    assert "--encoder is for a head that comes without one; this is an XTRA model" in told(encoder=DATA, **heads)
+    assert "--vae is for a generator" in told(vae="kl16.ckpt", **heads)
+    assert "which takes no --entity_size. Its options: --preset, --num_heads" in told(entity_size=4, **heads)
+    assert "takes no --cell_size" in told(file=DATA / "xar_cell8.pth", cell_size=[2])
     torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, tmp_path / "vit.pth")
     assert "vision transformer of another kind" in told(file=tmp_path / "vit.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "odd.pth")
@@ -284,9 +290,131 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "there.pth").read_text() == "mine"
 
 
-def test_other_entities_of_the_same_tensors(tmp_path: Path) -> None:
-    convert(file=DATA / "xar_cell8.pth", to=tmp_path / "ours", entity_size=4, quiet=True)
-    assert XAR.from_pretrained(tmp_path / "ours").config.entities == Ordering.cells((16, 16), 4)
+def test_the_mask_shows_the_entities(tmp_path: Path) -> None:
+    config = XARConfig.from_dict({**XARConfig.preset("xar_ti").to_dict(), "width": 48, "depth": 2, "num_classes": 3})
+    for size in (4, 2):
+        model = XAR(dataclasses.replace(config, entity_size=size))
+        model.save_pretrained(tmp_path / f"own{size}")
+        convert(file=tmp_path / f"own{size}", to=tmp_path / f"{size}.pth", to_official=True, quiet=True)
+        done = convert(file=tmp_path / f"{size}.pth", to=tmp_path / f"again{size}", quiet=True)
+        again = XAR.from_pretrained(tmp_path / f"again{size}")
+        assert again.config.entities == Ordering.cells((16, 16), size)
+        assert done.origin["entity_size"] == "the file"
+        assert torch.equal(again.position1, model.position1)
+    with pytest.raises(CheckpointError, match="shows entity_size 4; 8 was asked for"):
+        convert(file=tmp_path / "4.pth", to=tmp_path / "wrong", entity_size=8, quiet=True)
+    tensors = inner(tmp_path / "4.pth")
+    torch.save(tensors | {"mask": torch.zeros(1)}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="not entity-causal"):
+        convert(file=tmp_path / "odd.pth", to=tmp_path / "wrong", quiet=True)
+    bare = {name: tensor for name, tensor in tensors.items() if name != "mask"}
+    torch.save(bare, tmp_path / "bare.pth")
+    done = convert(file=tmp_path / "bare.pth", to=tmp_path / "bare", quiet=True)
+    assert done.origin["entity_size"] == "what was published"
+    convert(file=tmp_path / "bare.pth", to=tmp_path / "said", entity_size=4, quiet=True)
+    assert XAR.from_pretrained(tmp_path / "said").config.entity_size == 4
+    XAR(dataclasses.replace(config, ordering="subsamples", entity_size=4)).save_pretrained(tmp_path / "spread")
+    with pytest.raises(CheckpointError, match="knows cells alone: a generator of subsamples"):
+        convert(file=tmp_path / "spread", to=tmp_path / "spread.pth", to_official=True, quiet=True)
+
+
+def test_what_a_head_does_not_show_is_told(tmp_path: Path, capsys: Any) -> None:
+    convert(file=DATA / "attentive_probe.ckpt", to=tmp_path / "head", quiet=True)
+    sizes = ["--num_heads", "4", "--cell_size", "2"]
+    model = Classifier(_config(), HeadConfig("attentive", LayerMean(1, 3), num_heads=4), ["a", "b"])
+    torch.save({"state_dict": official_tensors(model, {})}, tmp_path / "c.ckpt")
+    assert main(["convert", str(tmp_path / "c.ckpt"), "--to", str(tmp_path / "ours"), *sizes]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "head_heads 16 from what was published" in told
+    assert "last_layers 3 from what was published" in told
+    assert main(["convert", str(tmp_path / "ours"), "--to", str(tmp_path / "b.ckpt"), "--to_official"]) == 0
+    assert "say them when you convert it back (--head_heads, --last_layers)" in capsys.readouterr().out
+
+
+def test_any_hidden_width_comes_back(tmp_path: Path) -> None:
+    from nextblock.checkpoints.sizes import ratio_of
+
+    for width in range(16, 400, 16):
+        for hidden in range(1, 700, 7):
+            assert int(width * ratio_of(hidden, width)) == hidden
+            assert int(width * ratio_of(hidden, width, 2) * 2 / 3) == hidden
+
+
+def test_numbers_that_float32_cannot_hold_are_refused(tmp_path: Path) -> None:
+    torch.save({n: t.double() for n, t in inner(DATA / "xtra_base.ckpt").items()}, tmp_path / "d.ckpt")
+    with pytest.raises(CheckpointError, match="kind float64 cannot be kept"):
+        convert(file=tmp_path / "d.ckpt", to=tmp_path / "ours", num_heads=3, predictor_heads=4, quiet=True)
+
+
+def test_the_published_resolution_goes_along(tmp_path: Path) -> None:
+    Encoder(_config(image_size_px=256, patch_size_px=64)).save_pretrained(tmp_path / "own")
+    convert(file=tmp_path / "own", to=tmp_path / "e.ckpt", to_official=True, quiet=True)
+    convert(file=tmp_path / "e.ckpt", to=tmp_path / "ours", num_heads=4, cell_size=[2], quiet=True)
+    assert json.loads((tmp_path / "ours" / "preprocessor_config.json").read_text())["resize_px"] == 300
+
+
+def test_what_came_into_the_folder_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = tmp_path / "ours", converted_folder.save_pretrained
+
+    def slow(*args: Any, **options: Any) -> Any:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+        return read(*args, **options)
+
+    monkeypatch.setattr(converted_folder, "save_pretrained", slow)
+    with pytest.raises(CheckpointError, match="is not overwritten"):
+        convert(file=DATA / "xar_cell8.pth", to=folder, quiet=True)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_the_origin_is_told_of_these_weights_only(tmp_path: Path) -> None:
+    convert(file=DATA / "xtra_base.ckpt", to=tmp_path / "ours", num_heads=3, predictor_heads=4, quiet=True)
+    model = XTRA.from_pretrained(tmp_path / "ours")
+    assert "xtra_base.ckpt" in (model.save_pretrained(tmp_path / "same") / "README.md").read_text()
+    model.heads[0].fc1.bias.data += 1
+    other = model.save_pretrained(tmp_path / "trained")
+    assert "xtra_base.ckpt" not in (other / "README.md").read_text() + (other / "config.json").read_text()
+    part = Encoder.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "part")
+    assert "official" not in json.loads((part / "config.json").read_text())
+    done = convert(file=part, to=tmp_path / "part.ckpt", to_official=True, quiet=True)
+    assert done.kind == "xtra_encoder"
+
+
+@pytest.mark.parametrize(
+    "names", [["enc.blocks.20000.attn.qkv.weight"], ["encoder.down.50000000.block.0.conv1.weight"]]
+)
+def test_numbers_in_names_make_no_layers(names: list[str], tmp_path: Path) -> None:
+    tensors = inner(DATA / "xtra_base.ckpt") if names[0].startswith("enc.") else official_state()
+    torch.save(tensors | {name: torch.zeros(1) for name in names}, tmp_path / "bomb.ckpt")
+    heads = {"num_heads": 3, "predictor_heads": 4} if names[0].startswith("enc.") else {}
+    with pytest.raises(CheckpointError, match="without a gap"):
+        convert(file=tmp_path / "bomb.ckpt", to=tmp_path / "ours", quiet=True, **heads)
+
+
+def test_names_in_a_file_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    torch.save({"\x1b]0;pwned\x07": torch.zeros(1)}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError) as error:
+        convert(file=tmp_path / "odd.pth", to=tmp_path / "ours", quiet=True)
+    assert str(error.value).isprintable()
+
+
+def test_paths_with_brackets_are_told_as_they_are(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(DATA / "xar_cell8.pth"), "--to", "run[bold]3"]) == 0
+    assert "run[bold]3" in capsys.readouterr().out
+
+
+def test_bad_places_and_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        convert(file=DATA / "xar_cell8.pth", to=tmp_path / "ours", classes=tmp_path / "names.txt", quiet=True)
+    with pytest.raises((CheckpointError, RunError), match="cannot write"):
+        convert(file=DATA / "xar_cell8.pth", to="/proc/nothing/here", quiet=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert(file=DATA / "xar_cell8.pth", to=".", quiet=True)
+    assert (tmp_path / "here" / "model.safetensors").is_file()
 
 
 def test_from_the_shell_a_missing_target_is_asked_for(capsys: Any) -> None:

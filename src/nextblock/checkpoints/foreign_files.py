@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nextblock.checkpoints.pickle_size import file_unfolds
 from nextblock.checkpoints.plain_values import ALLOWED, NotPlain, TooMuch, plain
-from nextblock.errors import CheckpointError
+from nextblock.errors import CheckpointError, shown
 
 WRAPPERS = ("state_dict", "module")  # of a Lightning .ckpt; of DeepSpeed's mp_rank_00_model_states.pt
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
@@ -73,8 +73,8 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Foreig
     content = read_file(path, wrappers)
     wrapper = next((name for name in wrappers if isinstance(content.get(name), Mapping)), None)
     found = content if wrapper is None else content[wrapper]
-    strange = [f"{name!r}" for name in found if not isinstance(name, str)]
-    strange += [f"'{name}' ({type(value).__name__})" for name, value in found.items() if not isinstance(value, Tensor)]
+    strange = [shown(repr(name)) for name in found if not isinstance(name, str)]
+    strange += [f"'{shown(n)}' ({type(value).__name__})" for n, value in found.items() if not isinstance(value, Tensor)]
     if not found or strange:
         where = "holds" if wrapper is None else f"holds, under '{wrapper}',"
         other = "is empty" if not found else f"has {', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}"
@@ -82,7 +82,7 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Foreig
             f"{path} {where} no state dict of tensors: it {other}. Looked for under {', '.join(map(repr, wrappers))}, "
             "then in the file itself."
         )
-    odd = [f"{name} ({kind})" for name, tensor in found.items() if (kind := _odd(tensor))]
+    odd = [f"{shown(name)} ({kind})" for name, tensor in found.items() if (kind := _odd(tensor))]
     if odd:
         raise CheckpointError(f"{path} holds tensors that cannot be used as weights: {'; '.join(odd[:5])}.")
     return ForeignWeights(
@@ -235,7 +235,7 @@ def _refused(path: Path, kind: str, error: Exception, advice: str) -> Checkpoint
         except Exception:  # of a pickle that ends in nonsense; the first name is known
             pass
     if named:
-        names = ", ".join(_shown(name[:100]) for name in named[:8]) + (", ..." if len(named) > 8 else "")
+        names = ", ".join(shown(name, 100) for name in named[:8]) + (", ..." if len(named) > 8 else "")
         return CheckpointError(
             f"{path} cannot be read safely: it asks for {names}, which weights do not need. {advice}"
         )
@@ -247,9 +247,4 @@ def _refused(path: Path, kind: str, error: Exception, advice: str) -> Checkpoint
 
 
 def _first(error: Exception) -> str:
-    return _shown((str(error).splitlines() or [type(error).__name__])[0][:200]).rstrip(".")
-
-
-def _shown(text: str) -> str:
-    """Without what would steer the terminal: names in a file are its author's."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return shown((str(error).splitlines() or [type(error).__name__])[0]).rstrip(".")

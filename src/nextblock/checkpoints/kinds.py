@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nextblock.checkpoints.sizes import require_tokens
 from nextblock.errors import CheckpointError, nearest
 from nextblock.portable import weights_follow
 from nextblock.xar.config import XARConfig
@@ -63,6 +64,34 @@ def _made(about: Mapping[str, Any], where: object) -> Model:
     if kind == "xtra_classifier":
         return Classifier(config, HeadConfig.from_dict(about["head"]), about["classes"])
     return XTRA(config) if kind == "xtra" else Encoder(config)
+
+
+def least_numbers(about: Mapping[str, Any]) -> int:
+    """A lower bound of the numbers that a model of these sizes holds, without making it.
+
+    Raises ConfigError, KeyError or TypeError for sizes that cannot be.
+    """
+    kind, sizes = about.get("model_type"), about["config"]
+    if kind == "xtra_head":
+        return int(sizes["width"]) * int(sizes["num_classes"]) * int(sizes.get("count", 1))
+    if kind == "xar":
+        generator = XARConfig.from_dict(sizes)
+        width, tokens = generator.width, generator.entities.num_tokens
+        require_tokens(tokens, "config.json")
+        layer = width * (4 * width + int(2 * width * generator.mlp_ratio))
+        return generator.depth * layer + tokens * width + generator.num_classes * width
+    config = XTRAConfig.from_dict(sizes)
+    tokens = config.grid[0] * config.grid[1]
+    require_tokens(tokens, "config.json")
+    stacks = [(config.width, config.depth)]
+    heads = 0
+    if kind == "xtra":
+        stacks.append((config.predictor_width, config.predictor_depth))
+        inputs = config.ordering.entity_size * config.predictor_width
+        heads = config.num_lookahead * config.head_hidden * (inputs + config.cell_pixels)
+        heads += config.projection_hidden * (config.width + config.predictor_width)
+    layers = sum(depth * width * (4 * width + 2 * int(width * config.mlp_ratio)) for width, depth in stacks)
+    return layers + heads + sum(tokens * width for width, _ in stacks)
 
 
 def _head(head: Head) -> dict[str, Any]:

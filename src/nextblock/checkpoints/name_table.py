@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextblock.errors import CheckpointError
+from nextblock.errors import CheckpointError, shown
 
+MOST_TOLD = 500  # names in a list of an error
 Change = Callable[[Tensor, Any], Tensor]
 HOLES = {"n": r"\d+", "one_or_two": "[12]", "part": "weight|bias", "any": ".*",
          "running": "running_mean|running_var|num_batches_tracked"}  # fmt: skip
@@ -126,9 +127,16 @@ def without_prefix(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> tu
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that stands in the first group of `pattern`, 0 without any."""
-    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
-    return max(found) + 1 if found else 0
+    """How many numbers stand in the first group of `pattern`; they must be 0, 1, 2, ... without a gap.
+
+    Raises CheckpointError otherwise: a model of so many layers would be made for a few names.
+    """
+    found = {match[1] for name in names if (match := re.match(pattern, name))}
+    if missing := {str(i) for i in range(len(found))} - found:
+        raise CheckpointError(
+            f"the names that match {pattern} do not count from 0 without a gap: {shown(min(missing))} is missing."
+        )
+    return len(found)
 
 
 def require_shapes(tensors: Mapping[str, Tensor], dimensions: Mapping[str, int], told: str) -> None:
@@ -139,9 +147,20 @@ def require_shapes(tensors: Mapping[str, Tensor], dimensions: Mapping[str, int],
         raise mismatch(told, missing, misshaped=odd)
 
 
+DTYPES = ("float16", "bfloat16")  # which float32 holds exactly
+
+
 def other_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The kinds of number that float32 replaces here, by name; {"*": ...} when all tensors have the same one."""
+    """The kinds of number that float32 replaces here, by name; {"*": ...} when all tensors have the same one.
+
+    Raises CheckpointError for numbers that float32 cannot hold.
+    """
     kinds = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if t.is_floating_point()}
+    if wrong := sorted(set(kinds.values()) - {"float32", *DTYPES}):
+        raise CheckpointError(
+            f"numbers of kind {', '.join(wrong)} cannot be kept here, where weights are float32. Convert them to "
+            f"float32 and save the file again."
+        )
     if len(set(kinds.values())) == 1:
         (kind,) = set(kinds.values())
         return {} if kind == "float32" else {"*": kind}
@@ -153,6 +172,10 @@ def with_dtypes(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dic
 
     def cast(name: str, tensor: Tensor) -> Tensor:
         kind = dtypes.get(name, dtypes.get("*"))
+        if kind is not None and kind not in DTYPES:
+            raise CheckpointError(
+                f"config.json asks for numbers of kind '{shown(kind)}'; known are {', '.join(DTYPES)}."
+            )
         return tensor.to(getattr(torch, kind)) if kind and tensor.is_floating_point() else tensor
 
     return {name: cast(name, tensor) for name, tensor in tensors.items()}
@@ -165,5 +188,6 @@ def mismatch(
     lines = [told]
     for title, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)):
         if names:
-            lines.append(f"  {title} ({len(names)}): {'; '.join(names)}")
+            more = f"; and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
+            lines.append(f"  {title} ({len(names)}): {'; '.join(map(shown, names[:MOST_TOLD]))}{more}")
     return CheckpointError("\n".join(lines))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextblock.checkpoints.foreign_files import read_tensors
 from nextblock.checkpoints.name_table import Row, count, find_row, load_by_table, require_shapes, without_prefix
-from nextblock.checkpoints.sizes import Sizes, completed, square
+from nextblock.checkpoints.sizes import Sizes, completed, ratio_of, require_tokens, square
 from nextblock.errors import CheckpointError
 from nextblock.ordering import as_pair
 from nextblock.portable import weights_follow
@@ -128,6 +128,7 @@ def xtra_sizes(
     width, channels, *patch = tensors["enc.patch_embed.proj.weight"].shape
     asked = given.pop("image_size_px", None)
     tokens = tensors["enc.pos_embed"].shape[1]
+    require_tokens(tokens, where)
     image = as_pair(asked, "image_size_px") if asked is not None else None
     if image is None:
         side = square(tokens, "position embeddings", "image_size_px", where)
@@ -140,7 +141,7 @@ def xtra_sizes(
     shown: dict[str, Any] = {
         "image_size_px": _one_or_two(image), "patch_size_px": _one_or_two(patch), "channels": channels, "width": width,
         "depth": count(tensors, r"enc\.blocks\.(\d+)\."),
-        "mlp_ratio": tensors["enc.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": ratio_of(tensors["enc.blocks.0.mlp.fc1.weight"].shape[0], width),
     }  # fmt: skip
     hidden: dict[str, tuple[str, ...]] = {"num_heads": ("width", "depth")}
     if any(name.startswith(PREDICTOR) for name in tensors):

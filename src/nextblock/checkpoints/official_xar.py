@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from nextblock.checkpoints.foreign_files import read_tensors
 from nextblock.checkpoints.name_table import Row, count, load_by_table, require_shapes
-from nextblock.checkpoints.sizes import Sizes, completed, square
-from nextblock.errors import ConfigError
+from nextblock.checkpoints.sizes import Sizes, completed, ratio_of, require_tokens, square
+from nextblock.errors import CheckpointError, ConfigError
 from nextblock.layers.rope import THETA
+from nextblock.mask import block_causal_mask
 from nextblock.portable import weights_follow
 from nextblock.xar.config import PRESETS, XARConfig
 from nextblock.xar.model import XAR
@@ -89,8 +89,8 @@ def xar_sizes(
 ) -> Sizes:
     """The fields of XARConfig that official tensors show; the rest from `given`, or from the preset that agrees.
 
-    The width of a head shows in the tables of RoPE, where the file has them. The ordering is cells of 8 in every
-    official file; the tensors do not show it.
+    The width of a head shows in the tables of RoPE, the size of an entity in the mask, where the file has them. The
+    ordering is cells in every official file, of 8 where nothing shows it.
 
     Raises CheckpointError when these are not the tensors of an xAR model, and as `sizes.completed`.
     """
@@ -103,11 +103,12 @@ def xar_sizes(
         f"{where} holds no xAR model in the official layout.",
     )  # fmt: skip
     _, tokens, width = tensors["encoder_pos_embed_learned"].shape
+    require_tokens(tokens, where)
     halves = [count(tensors, rf"{half}_blocks\.(\d+)\.") for half in ("encoder", "decoder")]
     shown: dict[str, Any] = {
-        "latent_size": square(tokens, "position embeddings", "latent_size", where), "patch_size": 1,
+        "latent_size": square(tokens, "position embeddings", None, where), "patch_size": 1,
         "latent_channels": tensors["z_proj.weight"].shape[1], "width": width, "depth": sum(halves),
-        "mlp_ratio": _mlp_ratio(tensors["encoder_blocks.0.mlp.fc1_g.weight"].shape[0], width),
+        "mlp_ratio": ratio_of(tensors["encoder_blocks.0.mlp.fc1_g.weight"].shape[0], width, 2),
         "num_classes": tensors["class_emb.weight"].shape[0] - 1,
     }  # fmt: skip
     hidden = {"num_heads": ("width", "depth")}
@@ -115,15 +116,26 @@ def xar_sizes(
     if rope is not None and rope.ndim == 1 and len(rope) and width % (4 * len(rope)) == 0:
         shown["num_heads"] = width // (4 * len(rope))
         hidden = {}
-    given = {"ordering": "cells", "entity_size": 8} | {k: v for k, v in (given or {}).items() if v is not None}
+    shown |= _entity_size(tensors, tokens, where)
     presets = {name: XARConfig.preset(name).to_dict() for name in PRESETS}
-    return completed(shown, hidden, given, presets, preset, where)
+    published = {"ordering": "cells"} | ({} if "entity_size" in shown else {"entity_size": 8})
+    return completed(shown, hidden, given or {}, presets, preset, where, published)
 
 
-def _mlp_ratio(hidden: int, width: int) -> float:
-    """The ratio whose two thirds of width make `hidden`, a whole number where one does."""
-    whole = round(hidden * 1.5 / width)
-    return float(whole) if whole and int(width * whole * 2 / 3) == hidden else math.nextafter(hidden * 1.5 / width, 1e9)
+def _entity_size(tensors: Mapping[str, Tensor], tokens: int, where: object) -> dict[str, Any]:
+    """What the mask shows, where the file has one: the side of a square entity.
+
+    Raises CheckpointError for a mask that is not that of entities of one size, each seeing itself and earlier ones.
+    """
+    mask = tensors.get("mask")
+    if mask is None:
+        return {}
+    if mask.shape == (1, 1, tokens, tokens):
+        size = int((mask[0, 0, 0] == 0).sum())
+        entity = torch.arange(tokens) // max(1, size)
+        if size and tokens % size == 0 and torch.equal(mask[0, 0] == 0, block_causal_mask(entity)):
+            return {"entity_size": square(size, "tokens in an entity", None, where)}
+    raise CheckpointError(f"{where} has a mask {tuple(mask.shape)} that is not entity-causal over {tokens} tokens.")
 
 
 def load_official_xar(

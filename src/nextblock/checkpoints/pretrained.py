@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextblock.checkpoints import custom_code, hub
 from nextblock.checkpoints.hub import FILES
-from nextblock.checkpoints.kinds import KINDS, Model, describe, make
+from nextblock.checkpoints.kinds import KINDS, Model, describe, least_numbers, make
 from nextblock.checkpoints.model_card import plain_card, with_front_matter
 from nextblock.checkpoints.name_table import mismatch
 from nextblock.errors import CheckpointError, ConfigError, nearest
@@ -32,7 +32,8 @@ _TRANSFORMERS = {"image_processor_type", "auto_map"}
 _OURS = {"format", "nextblock", "sha256", "model_type", "config", "head", "classes", *custom_code.IN_CONFIG}
 # what wrong values in the files raise; RuntimeError: sizes for which there is no memory
 _UNREADABLE = (ValueError, RecursionError, SafetensorError, ConfigError, KeyError, TypeError, AttributeError,
-               RuntimeError, MemoryError)  # fmt: skip
+               RuntimeError, MemoryError, ArithmeticError)  # fmt: skip
+_ORIGIN = {"origin", "origin_sha256", "official"}  # of weights that are still those of a file
 Some = TypeVar("Some", bound=Portable)
 
 
@@ -40,40 +41,76 @@ def save_pretrained(
     folder: Path,
     model: Model,
     preprocessing: Mapping[str, Any],
-    card: str,
+    card: str | None,
     about: Mapping[str, Any] | None = None,
+    *,
+    replace: bool = True,
 ) -> Path:
-    """Write the folder whole or not at all, in place of an older one.
+    """Write the folder whole or not at all.
 
     Args:
         folder: where; made new.
         model: the whole model: encoder and predictor, encoder, encoder and head, head, or a generator.
         preprocessing: plain values that say how an image becomes the model's input.
-        card: the model card, Markdown.
-        about: what else config.json shall hold, ready for JSON; see `read_about`.
+        card: the model card, Markdown; None: one that tells the sizes and how to load it.
+        about: what else config.json shall hold, ready for JSON; see `read_about`. An "origin" is left out once the
+            weights are no longer those that it tells of.
+        replace: take the place of an older folder; otherwise only of an empty one.
+
+    Raises CheckpointError when it cannot be written, or would replace something that it must not.
     """
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    whole = Path(folder).resolve()
+    beside = whole.with_name(f".{whole.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write(beside, model, preprocessing, card, dict(about or {}))
+        _put(beside, whole, replace)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _write(
+    folder: Path, model: Model, preprocessing: Mapping[str, Any], card: str | None, about: dict[str, Any]
+) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    told = {"format": FORMAT, "nextblock": __version__, "sha256": _sha256(beside / "model.safetensors")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    digest = _sha256(folder / "model.safetensors")
+    if about.get("origin_sha256", digest) != digest:
+        about = {name: value for name, value in about.items() if name not in _ORIGIN}
+    elif "origin" in about:
+        about["origin_sha256"] = digest
+    told = {"format": FORMAT, "nextblock": __version__, "sha256": digest}
     described = describe(model)
     for_others = custom_code.for_transformers(described["model_type"])
-    config = described | dict(about or {}) | told | for_others
     if for_others:
-        (beside / custom_code.FILE).write_text(custom_code.code())
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (beside / "preprocessor_config.json").write_text(json.dumps(dict(preprocessing), indent=2) + "\n")
-    (beside / "README.md").write_text(with_front_matter(card, model))
-    shutil.copymode(beside / "README.md", beside / "model.safetensors")  # safetensors lets nobody but the owner read
-    for path in beside.iterdir():
+        (folder / custom_code.FILE).write_text(custom_code.code())
+    (folder / "config.json").write_text(json.dumps(about | described | told | for_others, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(preprocessing), indent=2) + "\n")
+    card = plain_card(model, about) if card is None else card
+    (folder / "README.md").write_text(with_front_matter(card, model))
+    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # safetensors lets nobody but the owner read
+    for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
-    return folder
+
+
+def _put(beside: Path, folder: Path, replace: bool) -> None:
+    """Give the written folder its name. An older one is put aside first, so that one of them is always there."""
+    aside = folder.with_name(f".{folder.name}.older")
+    if replace and folder.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    try:
+        beside.rename(folder)  # over nothing, or over an empty folder
+    except OSError as error:
+        if folder.exists():
+            raise CheckpointError(f"{folder} exists already and is not overwritten. Choose another folder.") from error
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_pretrained(folder: Path) -> tuple[Model, dict[str, Any]]:
@@ -106,11 +143,9 @@ def load_pretrained(folder: Path) -> tuple[Model, dict[str, Any]]:
 def _require_possible(about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Refuse sizes for which the file has not numbers enough, before a model of such sizes is made."""
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    sizes = about["config"]
-    width, depth = sizes["width"] if "depth" in sizes else 1, sizes.get("depth", 1)
-    seeds = {name for name in sizes if name.endswith("seed")}
-    largest = max([v for n, v in sizes.items() if isinstance(v, int) and n not in seeds] + [width * width * depth])
-    if not largest <= numbers:
+    plain = [v for n, v in about["config"].items() if isinstance(v, int) and not n.endswith("seed")]
+    # first the single sizes: some checks of a configuration count up to them
+    if max(plain, default=0) > numbers or least_numbers(about) > numbers:
         raise CheckpointError(
             f"The weights of {folder} belong to another configuration: they are {numbers:,} numbers, too few for the "
             f"sizes in config.json."
@@ -188,7 +223,8 @@ def open_as(kind: type[Some], where: str | Path, *, revision: str | None = None,
         held = KINDS[describe(model)["model_type"]]
         raise CheckpointError(f"{folder} holds {held}, not {_WANTED.get(kind.__name__, kind.__name__)}.")
     found.preprocessing = preprocessing
-    found.about = {name: value for name, value in about.items() if name not in _OURS}
+    kept = _OURS if found is model else _OURS | _ORIGIN  # a part is not what the file was
+    found.about = {name: value for name, value in about.items() if name not in kept}
     found.eval()
     opened: Some = found
     return opened
@@ -207,9 +243,8 @@ def save_new(folder: str | Path, model: Any, card: str | None = None) -> Path:
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already and is not overwritten. Choose another folder.")
-    about = dict(model.about or {})
     preprocessing = model.preprocessing or _default_preprocessing(model)
-    return save_pretrained(folder, model, preprocessing, card or plain_card(model, about), about)
+    return save_pretrained(folder, model, preprocessing, card, model.about, replace=False)
 
 
 def push_model(model: Any, name: str, card: str | None, **options: Any) -> str:

@@ -6,7 +6,7 @@ the KL-16 autoencoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,14 +37,15 @@ from nextblock.checkpoints.official import (
 )
 from nextblock.checkpoints.official_kl16 import kl16_of, kl16_tensors
 from nextblock.checkpoints.official_xar import xar_buffers, xar_sizes, xar_table
-from nextblock.errors import CheckpointError
+from nextblock.checkpoints.sizes import FROM_YOU, PUBLISHED
+from nextblock.errors import CheckpointError, ConfigError, shown
 from nextblock.portable import weights_follow
 from nextblock.vae import Autoencoder
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
 from nextblock.xtra.classifier import Classifier, HeadConfig, LayerMean
 from nextblock.xtra.config import XTRAConfig
-from nextblock.xtra.heads import NORM_EPS, HeadKind, make_heads
+from nextblock.xtra.heads import NORM_EPS, HeadKind, LinearHeads, make_heads
 from nextblock.xtra.model import XTRA, Encoder
 
 Weights = Literal["ema", "raw"]
@@ -57,8 +58,16 @@ OFFICIAL = {
     "kl16": "the KL-16 autoencoder",
 }
 _WRAPPERS = {"ema": ("model_ema", "model", "state_dict", "module"), "raw": ("model", "state_dict", "module")}
+_ENCODER_OPTIONS = ("preset", "num_heads", "image_size_px", "cell_size")
+_HEAD_OPTIONS = ("head_heads", "last_layers")
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "xtra": (*_ENCODER_OPTIONS, "predictor_heads"), "xtra_encoder": _ENCODER_OPTIONS,
+    "xtra_classifier": (*_ENCODER_OPTIONS, *_HEAD_OPTIONS), "xtra_head": _HEAD_OPTIONS,
+    "xar": ("preset", "num_heads", "entity_size"), "kl16": (),
+}  # fmt: skip
 _DEEPSPEED = "mp_rank_00_model_states.pt"
 # pretraining keeps the mask at probe time too; the published probes read the last layer, or the mean of the last six
+PUBLISHED_HEADS = 16
 _LAST_LAYERS: dict[str, int] = {"linear": 1, "attentive": 6}
 
 
@@ -67,7 +76,6 @@ class Asked:
     """What the tensors cannot show and the caller may say; None: from the preset, or the published value.
 
     fields: of XTRAConfig or XARConfig. weights: of a file that holds both. head_heads, last_layers: of a head.
-    classes: names by number; None: numbers.
     """
 
     preset: str | None = None
@@ -75,13 +83,13 @@ class Asked:
     weights: Weights = "ema"
     head_heads: int | None = None
     last_layers: int | None = None
-    classes: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """model: ours, with the weights. kind: a key of OFFICIAL. origin: of each size, where it is known from.
-    dropped: tensors left out on purpose. layout: what the way back needs, ready for JSON."""
+    """model: ours, with the weights. kind: a key of OFFICIAL. origin: of each size (those of a head as head_heads and
+    last_layers), where it is known from. dropped: tensors left out on purpose. layout: what the way back needs, ready
+    for JSON."""
 
     model: Model | Autoencoder
     kind: str
@@ -104,6 +112,7 @@ def read_official(path: str | Path, asked: Asked | None = None) -> Recognised:
     found = read_weights(path, _WRAPPERS[asked.weights])
     tensors, prefix = without_prefix(found.tensors, PREFIXES)
     kind = recognise(tensors, path)
+    _require_options(kind, asked)
     model: Model | Autoencoder
     origin: dict[str, str] = {}
     if kind == "kl16":
@@ -134,7 +143,7 @@ def recognise(names: Iterable[str], where: object) -> str:
         return "xtra" if any_begins(*PREDICTOR) else "xtra_classifier" if any_begins(HEAD) else "xtra_encoder"
     if any_begins(HEAD):
         return "xtra_head"
-    told = f"its first tensors are {', '.join(names[:3])}"
+    told = f"its first tensors are {', '.join(map(shown, names[:3]))}"
     if any_begins("blocks.", "vit.encoder.", "encoder.layer.", "trunk.", "embeddings."):
         told = "it looks like a vision transformer of another kind, whose attention is not block-causal"
     elif any_begins("encoder.layers.", "layers.") or "tokens_in.weight" in names:
@@ -142,6 +151,15 @@ def recognise(names: Iterable[str], where: object) -> str:
     elif any_begins("encoder.down_blocks."):
         told = "it is a VAE of diffusers: give its folder to --vae, or to open_vae"
     raise CheckpointError(f"{where} is no official XTRA, xAR or KL-16 checkpoint: {told}.")
+
+
+def _require_options(kind: str, asked: Asked) -> None:
+    """Raise ConfigError for options of another kind of file."""
+    given = [name for name, value in asked.fields.items() if value is not None]
+    given += [name for name in ("preset", "head_heads", "last_layers") if getattr(asked, name) is not None]
+    if wrong := [name for name in given if name not in _OPTIONS[kind]]:
+        known = ", ".join(f"--{name}" for name in _OPTIONS[kind]) or "none"
+        raise ConfigError(f"this is {OFFICIAL[kind]}, which takes no --{wrong[0]}. Its options: {known}.")
 
 
 def official_file(path: str | Path) -> Path:
@@ -160,14 +178,14 @@ def _xtra(
 ) -> tuple[Model, dict[str, str], list[str]]:
     if kind == "xtra_head":
         head, table, rest = _head(tensors, path, asked)
-        return head, {}, load_by_table(head, rest, table, head, path)
+        return head, _head_origin(head, asked), load_by_table(head, rest, table, head, path)
     sizes = xtra_sizes(tensors, path, asked.fields, asked.preset)
     config = XTRAConfig(**sizes.values)
     if kind == "xtra_classifier":
         head, table, tensors = _head(tensors, path, asked)
-        made = Classifier(config, _head_config(head, config, asked), _names(head.weight.shape[1], asked.classes))
+        made = Classifier(config, _head_config(head, config, asked), _numbers(head))
         dropped = load_by_table(made, tensors, [*XTRA_TABLE, *_under(table)], config, path)
-        return made, sizes.origin, dropped
+        return made, sizes.origin | _head_origin(head, asked), dropped
     if kind == "xtra_encoder":
         encoder = Encoder(config)
         return encoder, sizes.origin, load_by_table(encoder, tensors, ENCODER_TABLE, config, path)
@@ -190,7 +208,7 @@ def _head(tensors: Mapping[str, Tensor], path: Path, asked: Asked) -> tuple[Head
         require_shapes(rest, {"classifier.cls_token": 3, "classifier.linear.weight": 2}, told)
         _, queries, width = rest["classifier.cls_token"].shape
         classes, kind = rest["classifier.linear.weight"].shape[0], "attentive"
-        head = make_heads("attentive", width, classes, num_heads=asked.head_heads or 16, num_queries=queries)
+        head = make_heads("attentive", width, classes, num_heads=_head_heads(asked), num_queries=queries)
         return head, head_table(kind, ""), rest
     if "classifier.weight" in rest and rest["classifier.weight"].ndim == 2:  # without BatchNorm: one that does nothing
         width = rest["classifier.weight"].shape[1]
@@ -212,16 +230,25 @@ def _under(table: Table) -> Table:
 def _head_config(head: Head, config: XTRAConfig, asked: Asked) -> HeadConfig:
     sizes = describe(head)["config"]
     kind: HeadKind = sizes["kind"]
-    last = asked.last_layers or min(_LAST_LAYERS[kind], config.depth)
+    last = min(_LAST_LAYERS[kind], config.depth) if asked.last_layers is None else asked.last_layers
     layers = LayerMean.of_last(last, config.depth)
     return HeadConfig(kind, layers, sizes.get("num_heads", 16), sizes.get("num_queries", 1))
 
 
-def _names(count: int, classes: Sequence[str] | None) -> list[str]:
-    names = list(classes) if classes is not None else [str(i) for i in range(count)]
-    if len(names) != count:
-        raise CheckpointError(f"the head tells {count} classes apart; {len(names)} names were given.")
-    return names
+def _head_heads(asked: Asked) -> int:
+    return PUBLISHED_HEADS if asked.head_heads is None else asked.head_heads
+
+
+def _head_origin(head: Head, asked: Asked) -> dict[str, str]:
+    """Where what a head's tensors cannot show is known from."""
+    said = {"last_layers": asked.last_layers}
+    said |= {} if isinstance(head, LinearHeads) else {"head_heads": asked.head_heads}
+    return {name: PUBLISHED if value is None else FROM_YOU for name, value in said.items()}
+
+
+def _numbers(head: Head) -> list[str]:
+    """Classes without names."""
+    return [str(i) for i in range(head.weight.shape[1])]
 
 
 def with_encoder(head: Head, encoder: Encoder, asked: Asked) -> Classifier:
@@ -231,7 +258,7 @@ def with_encoder(head: Head, encoder: Encoder, asked: Asked) -> Classifier:
             f"the head reads tokens of width {head.width}; the encoder's have {encoder.config.width}."
         )
     config = encoder.config
-    made = Classifier(config, _head_config(head, config, asked), _names(head.weight.shape[1], asked.classes))
+    made = Classifier(config, _head_config(head, config, asked), _numbers(head))
     made.encoder.load_state_dict(encoder.state_dict())
     made.head.load_state_dict(head.state_dict())
     return made
@@ -246,8 +273,11 @@ def official_tensors(model: Model | Autoencoder, layout: Mapping[str, Any]) -> d
     if isinstance(model, Autoencoder):
         found = kl16_tensors(model)
     elif isinstance(model, XAR):
-        if model.config.ordering == "scales":
-            raise CheckpointError("the official xAR code knows no scales: such a generator has no official layout.")
+        if model.config.ordering not in ("cells", "patches", "whole"):  # patches and the whole are cells too
+            raise CheckpointError(
+                f"the official xAR code knows cells alone: a generator of {model.config.ordering} has no official "
+                f"layout."
+            )
         found = foreign_tensors(model.state_dict(), xar_table(model.config.depth), model.config)
         found |= xar_buffers(model.config) if layout.get("buffers", True) else {}
     else:

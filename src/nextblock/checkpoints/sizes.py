@@ -9,7 +9,7 @@ from typing import Any
 
 from nextblock.errors import CheckpointError, ConfigError, nearest
 
-FROM_FILE, FROM_YOU = "the file", "you"
+FROM_FILE, FROM_YOU, PUBLISHED = "the file", "you", "what was published"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ def completed(
     presets: Mapping[str, Mapping[str, Any]],
     preset: str | None,
     where: object,
+    published: Mapping[str, Any] | None = None,
 ) -> Sizes:
     """All that is known of a model's sizes.
 
@@ -38,6 +39,7 @@ def completed(
         presets: the named models, every field of each.
         preset: the caller's choice among them.
         where: the file, for messages.
+        published: fields that neither show nor are said, but are alike in all that was published.
 
     Raises ConfigError for an unknown preset; CheckpointError when the caller or the preset contradicts the file, or a
     hidden field stays unknown.
@@ -48,7 +50,8 @@ def completed(
             raise CheckpointError(f"{where} shows {name} {shown[name]}; {value} was asked for. Leave it out.")
     if preset is not None and preset not in presets:
         raise ConfigError(f"No preset '{preset}'. Presets: {', '.join(presets)}.{nearest(preset, presets)}")
-    values, origin = {**shown, **given}, dict.fromkeys(shown, FROM_FILE)
+    values, origin = {**(published or {}), **shown, **given}, dict.fromkeys(published or {}, PUBLISHED)
+    origin |= dict.fromkeys(shown, FROM_FILE)
     origin |= {name: FROM_YOU for name in given if name not in shown}
     for name in (name for name in hidden if name not in values):
         agreeing = [p for p in presets if all(presets[p][field] == shown[field] for field in hidden[name])]
@@ -69,11 +72,30 @@ def completed(
     return Sizes(values, origin)
 
 
-def square(count: int, what: str, option: str, where: object) -> int:
+MOST_TOKENS = 16_384  # a grid of 128 × 128; the mask of more is larger than the weights that ask for it
+
+
+def require_tokens(count: int, where: object) -> None:
+    """Raise CheckpointError for a sequence whose mask alone would fill the memory."""
+    if count > MOST_TOKENS:
+        raise CheckpointError(f"{where} has {count:,} positions; more than {MOST_TOKENS:,} are not opened.")
+
+
+def square(count: int, what: str, option: str | None, where: object) -> int:
     """The side of a square of `count`. Raises CheckpointError, naming the option that tells, when it is none."""
     side = math.isqrt(count)
     if side * side != count:
-        raise CheckpointError(
-            f"{where} has {count} {what}, which make no square. Say the sides: --{option} HEIGHT WIDTH."
-        )
+        advice = f" Say the sides: --{option} HEIGHT WIDTH." if option else ""
+        raise CheckpointError(f"{where} has {count} {what}, which make no square.{advice}")
     return side
+
+
+def ratio_of(hidden: int, width: int, thirds: int = 3) -> float:
+    """The ratio r for which int(width · r · thirds / 3) is `hidden`; a whole number where one is."""
+    whole = round(hidden * 3 / thirds / width)
+    if whole and int(width * float(whole) * thirds / 3) == hidden:
+        return float(whole)
+    ratio = hidden * 3 / thirds / width
+    while int(width * ratio * thirds / 3) < hidden:  # rounded down on the way
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nextblock.checkpoints.recognise import OFFICIAL, Asked, Recognised, read_official
-from nextblock.errors import ConfigError, RunError
+from nextblock.errors import ConfigError, RunError, shown
 from nextblock.jobs.converted_folder import write_folder, write_official
 from nextblock.jobs.output import new_file
+from nextblock.xtra.heads import AttentiveHeads
 
 SHELL_NEEDS = {"to": "a new folder for the weights (with --to_official, a new .ckpt or .pth file)"}
 SUFFIXES = (".ckpt", ".pth", ".pt")
@@ -112,9 +113,11 @@ def _require_free(folder: Path) -> None:
 
 def _back(source: Path, target: Path, console: Console) -> Converted:
     kind, tensors = write_official(source, target)
-    console.print(
-        f"{OFFICIAL[kind]}: {tensors} tensors in the official layout: {target}", highlight=False, soft_wrap=True
-    )
+    told = f"{OFFICIAL[kind]}: {tensors} tensors in the official layout: {target}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    if kind in ("xtra_classifier", "xtra_head"):
+        note = "not kept in that layout: the heads and layers of the probe; say them when you convert it back"
+        console.print(f"{note} (--head_heads, --last_layers)", highlight=False, soft_wrap=True)
     return Converted(target, kind, {}, [])
 
 
@@ -128,18 +131,32 @@ def _sides(given: list[int] | int | None) -> int | tuple[int, int] | None:
 
 def _tell(console: Console, found: Recognised, folder: Path, kind: str, vae: str | Path | None) -> None:
     """What the file was, which sizes were taken from where, and what can be done next."""
-    console.print(f"{OFFICIAL[found.kind]}", highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    say(OFFICIAL[found.kind])
     if found.origin:
         table = Table(box=None, pad_edge=False, show_header=False)
-        sizes: Any = found.model.config
-        values = sizes.to_dict()
+        values = _values(found.model)
         for name, origin in found.origin.items():
-            table.add_row(name, str(values[name]), f"from {origin}")
+            table.add_row(name, str(values.get(name, "")), f"from {origin}")
         console.print(table)
     if found.dropped:
-        few = ", ".join(found.dropped[:3]) + (", ..." if len(found.dropped) > 3 else "")
-        console.print(f"left out, no parameters: {len(found.dropped)} tensors ({few})", highlight=False, soft_wrap=True)
-    console.print(f"weights:  {folder}", highlight=False, soft_wrap=True)
+        few = ", ".join(map(shown, found.dropped[:3])) + (", ..." if len(found.dropped) > 3 else "")
+        say(f"left out, no parameters: {len(found.dropped)} tensors ({few})")
+    say(f"weights:  {folder}")
     if kind == "xar" and vae is None:
-        console.print("its VAE is not known; name it when sampling: --vae KL16_FILE", highlight=False)
-    console.print(f"next:     {_NEXT[kind].format(folder=folder)}", highlight=False, soft_wrap=True)
+        say("its VAE is not known; name it when sampling: --vae KL16_FILE")
+    say(f"next:     {_NEXT[kind].format(folder=folder)}")
+
+
+def _values(model: Any) -> dict[str, Any]:
+    """The sizes of a model, and of its head, by the names that `origin` has."""
+    values = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    head = getattr(model, "head_config", None)
+    if head is not None:
+        values |= {"head_heads": head.num_heads, "last_layers": head.layers.last - head.layers.first + 1}
+    if isinstance(model, AttentiveHeads):
+        values["head_heads"] = model.num_heads
+    return values
