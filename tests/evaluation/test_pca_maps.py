@@ -68,6 +68,17 @@ def test_numbers_that_are_no_features() -> None:
         fit_colours(np.ones((1, 4)))
 
 
+def test_colours_of_another_encoder_do_not_fit() -> None:
+    basis = fit_colours(features(), {"weights": "ab", "last_layers": 2})
+    basis.require_fit(8, {"weights": "ab", "last_layers": 2}, "x.npz")
+    with pytest.raises(ConfigError, match=r"x\.npz holds colours for features of another encoder"):
+        basis.require_fit(8, {"weights": "cd", "last_layers": 2}, "x.npz")
+    older = fit_colours(features(), {"last_layers": 2})
+    older.require_fit(8, {"weights": "cd", "last_layers": 2}, "x.npz")
+    with pytest.raises(ConfigError, match="last_layers 2 there, 1 here"):
+        older.require_fit(8, {"weights": "cd", "last_layers": 1}, "x.npz")
+
+
 def test_saved_colours_are_the_same_and_are_checked(tmp_path: Path) -> None:
     x, file = features(), tmp_path / "colours.npz"
     basis = fit_colours(x, {"last_layers": 2})

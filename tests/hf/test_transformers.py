@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -65,7 +66,7 @@ def _model(kind: str) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("weights")
-    return {kind: save_pretrained(base / kind, _model(kind), VALUES, "a card", {"origin": "a lake"}) for kind in KINDS}
+    return {kind: save_pretrained(base / kind, _model(kind), VALUES, "a card", {"lake": "deep"}) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +245,72 @@ def test_what_is_saved_opens_in_both_libraries(
     assert torch.equal(again(images)[0], model(images)[0])
     ours: Any = (Classifier if kind == "xtra_classifier" else Encoder).from_pretrained(tmp_path / "new")
     assert torch.equal(ours(images), model(images)[0])
-    assert ours.about == {"origin": "a lake"}
+    assert ours.about == {"lake": "deep"}
     assert not list((tmp_path / "new").glob(".partial*"))
+
+
+def _of_size(side: int, channels: int = 3) -> Any:
+    """A model of transformers for images of another size."""
+    sizes = dataclasses.replace(TINY, image_size_px=side, channels=channels)
+    return nextblock.hf.NextblockModel(nextblock.hf.NextblockConfig(config=sizes.to_dict()))
+
+
+@pytest.mark.parametrize(("side", "channels"), [(32, 3), (16, 1)])
+def test_what_belongs_to_another_model_is_not_kept(
+    side: int, channels: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["xtra_encoder"], tmp_path / "model")
+    _of_size(side, channels).save_pretrained(tmp_path / "model")
+    found = Preprocessing.from_pretrained(tmp_path / "model")
+    assert (found.size_px, found.channels) == ((side, side), channels)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "a card" not in card
+    assert f"| image_size_px | {side} |" in card
+
+
+def test_what_fits_is_kept(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["xtra_encoder"], tmp_path / "model")
+    _of_size(16).save_pretrained(tmp_path / "model")
+    assert Preprocessing.from_pretrained(tmp_path / "model").to_dict() == VALUES
+    assert "a card" in (tmp_path / "model" / "README.md").read_text()
+    new = tmp_path / "new"  # an image processor and a card that came first
+    AutoImageProcessor.from_pretrained(folders["xtra_encoder"]).save_pretrained(new)
+    (new / "README.md").write_text("mine")
+    _of_size(16).save_pretrained(new)
+    assert Preprocessing.from_pretrained(new).to_dict() == VALUES
+    assert (new / "README.md").read_text() == "mine"
+    for content in ("no", "[]", '{"size": 16}', '{"size_px": "16"}'):
+        (new / "preprocessor_config.json").write_text(content)
+        _of_size(16).save_pretrained(new)
+        assert Preprocessing.from_pretrained(new).size_px == (16, 16)
+
+
+def test_what_is_half_saved_is_not_opened(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "config.json":
+            raise OSError("the disk is full")
+        original(source, target)
+
+    original = os.replace
+    monkeypatch.setattr("nextblock.hf.folders.os.replace", replace)
+    shutil.copytree(folders["xtra_encoder"], tmp_path / "model")
+    with pytest.raises(OSError, match="full"):
+        _of_size(32).save_pretrained(tmp_path / "model")
+    # all the rest is new when config.json comes, whose hash holds it together
+    assert Preprocessing.from_pretrained(tmp_path / "model").size_px == (32, 32)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        AutoModel.from_pretrained(tmp_path / "model")
+    with pytest.raises(OSError, match="full"):
+        _of_size(32).save_pretrained(tmp_path / "new")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        Encoder.from_pretrained(tmp_path / "new")
 
 
 def test_saved_again_by_us_nothing_of_transformers_sticks(folders: dict[str, Path], tmp_path: Path) -> None:
     opened = Encoder.from_pretrained(folders["xtra"])
-    assert opened.about == {"origin": "a lake"}
+    assert opened.about == {"lake": "deep"}
     opened.save_pretrained(tmp_path / "again")
     about = json.loads((tmp_path / "again" / "config.json").read_text())
     assert about["auto_map"]["AutoModel"] == "modeling_nextblock.NextblockModel"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -9,9 +10,10 @@ import pytest
 
 from close import assert_close
 from nextblock.errors import DataError
+from nextblock.evaluation.features import Features
 from nextblock.jobs import embedded_file
-from nextblock.jobs.embed import _nested
-from nextblock.jobs.embedded_file import embedded_parts, is_embedded_file
+from nextblock.jobs.embed import Embedded, _nested, _write_npz, _write_parquet
+from nextblock.jobs.embedded_file import embedded_parts, embedded_record, is_embedded_file
 
 NAMES = [f"{i}.png" for i in range(5)]
 
@@ -68,3 +70,28 @@ def test_a_row_without_features_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "pickled.npz", names=np.array(["a"], object), features=np.ones((1, 3)))
     with pytest.raises(DataError, match="cannot be read"):
         list(embedded_parts(tmp_path / "pickled.npz"))
+
+
+def test_what_the_features_are_of_is_read_back(tmp_path: Path) -> None:
+    record = {"weights": "ab", "size_px": [16, 16], "final_norm": False}
+    made = Embedded(NAMES, features(5, 3), [])
+    _write_npz(tmp_path / "x.npz", made, record)
+    part = Features(made.features, np.zeros(5, np.int64), np.arange(5))
+    source = SimpleNamespace(name=lambda i: NAMES[i])
+    _write_parquet(tmp_path / "x.parquet", [part], source, record)  # type: ignore[arg-type]
+    for suffix in (".npz", ".parquet"):
+        assert embedded_record(tmp_path / f"x{suffix}") == record
+        ((names, values),) = embedded_parts(tmp_path / f"x{suffix}")
+        assert names == NAMES
+        assert np.array_equal(values, made.features)
+        assert embedded_record(write(tmp_path / f"without{suffix}", made.features)) is None
+
+
+@pytest.mark.parametrize("record", ["{", "[1]"])
+def test_a_damaged_record_is_told(tmp_path: Path, record: str) -> None:
+    np.savez(tmp_path / "x.npz", names=np.array(["a"]), features=np.ones((1, 3)), about=np.array(record))
+    table = pa.table({"name": ["a"], "features": _nested(np.ones((1, 3)))})
+    pq.write_table(table.replace_schema_metadata({"nextblock": record}), tmp_path / "x.parquet")
+    for name in ("x.npz", "x.parquet"):
+        with pytest.raises(DataError, match=f"{name} cannot be read as features"):
+            embedded_record(tmp_path / name)

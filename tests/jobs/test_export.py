@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from close import assert_close
+from nextblock.checkpoints import hub
 from nextblock.checkpoints.pretrained import save_pretrained
 from nextblock.data.preprocess import Preprocessing
 from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
@@ -23,6 +24,7 @@ from nextblock.jobs import export as job
 from nextblock.jobs import export_report
 from nextblock.jobs.embed import embed
 from nextblock.jobs.export import export
+from nextblock.jobs.export_card import _snippet
 from nextblock.jobs.predict import predict
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
@@ -59,7 +61,7 @@ def photo(path: Path) -> Path:
 def run_readme(folder: Path, name: str, without: tuple[str, ...]) -> tuple[np.ndarray, str]:
     """The output of the README's code, run where the packages `without` cannot be imported, and what it printed."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), flags=re.M | re.S)
-    assert len(code.splitlines()) <= 24
+    assert len(code.splitlines()) <= 28
     blocked = "".join(f"sys.modules[{package!r}] = None\n" for package in without)
     code = f"import sys\n{blocked}{code}np.save('found.npy', {name})\n"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -67,6 +69,30 @@ def run_readme(folder: Path, name: str, without: tuple[str, ...]) -> tuple[np.nd
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.load(folder / "found.npy"), done.stdout
+
+
+VIEWS = {
+    "293 for 256": Preprocessing((256, 256), resize_px=293),
+    "8/7": Preprocessing((224, 224)),
+    "odd, gray": Preprocessing((97, 97), resize_px=110, channels=1),
+    "wide": Preprocessing((128, 256), resize_px=150),
+    "high": Preprocessing((256, 128), resize_px=150),
+}
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (333, 334), (64, 1000)])
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_readme_sees_the_pixels_that_we_see(view: str, size: tuple[int, int], tmp_path: Path) -> None:
+    preprocessing = VIEWS[view]
+    pixels = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", "PNG")
+    about = {"format": "torch", "input": {"name": "images"}, "output": {"name": "tokens"}}
+    code, _, _ = _snippet(about, preprocessing).partition("graph = ")
+    assert len(code.splitlines()) <= 19
+    found: dict[str, Any] = {}
+    exec(code.replace("photo.jpg", str(tmp_path / "photo.jpg")), found)
+    expected = preprocessing(str(tmp_path / "photo.jpg"))
+    assert_close(found["images"], expected, 1e-5)
 
 
 def test_the_tokens_of_a_run_as_onnx(
@@ -108,6 +134,20 @@ def test_the_logits_of_pixels_as_torch(images: Path, tmp_path: Path) -> None:
     expected = predict(run=weights, images=[str(picture)], workers=0, top=3, quiet=True)
     assert_close(torch.from_numpy(found).softmax(1).sort(1, descending=True).values, expected.probabilities, 1e-5)
     assert printed.strip() == expected.classes[0, 0]
+
+
+@pytest.mark.parametrize("name", ["hf:somebody/model", "hf:somebody/model@pr/1"])
+def test_weights_of_the_hub_are_exported_to_the_current_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = classifier(tmp_path / "cache" / "snapshot")
+    monkeypatch.setattr(hub, "fetch", lambda name, **options: snapshot)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made = export(run=name, format="torch", quiet=True)
+    assert made.folder == Path("model_torch")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["model_torch"]
+    assert list((tmp_path / "cache").iterdir()) == [snapshot]
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -105,6 +105,14 @@ def test_file_names_of_other_bytes_are_kept(weights: Path, tmp_path: Path) -> No
     predict(run=weights, images=folder, workers=0)  # and can be shown
 
 
+def test_the_path_is_told_as_it_is(
+    weights: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a[").mkdir()
+    predict(run=weights, images=images / "top", out=tmp_path / "a[" / "b].csv", workers=0)
+    assert f"images predicted: {tmp_path}/a[/b].csv\n" in capsys.readouterr().out
+
+
 def test_a_file_is_never_overwritten(weights: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("mine")
     with pytest.raises(RunError, match="not overwritten"):

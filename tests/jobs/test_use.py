@@ -50,6 +50,18 @@ def test_embed_leaves_broken_images_out(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x.parquet").exists()
 
 
+def test_paths_are_told_as_they_are(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a["  # and "/b]", an end of markup without a beginning
+    folder.mkdir()
+    nb.embed(run=run, images=str(images / "top"), out=folder / "b].npz", workers=0)
+    nb.reconstruct(run=run, images=str(images / "top"), most=1, out=folder / "[bold]c]")
+    told = capsys.readouterr().out
+    assert f"embedded: {folder}/b].npz\n" in told
+    assert f"in {folder}/[bold]c]\n" in told
+
+
 def test_embed_never_overwrites(run: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "old.npz").write_text("mine")
     with pytest.raises(RunError, match="not overwritten"):

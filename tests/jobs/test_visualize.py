@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import nextblock as nb
+from nextblock.checkpoints.pretrained import load_pretrained, save_pretrained
 from nextblock.cli import _call
 from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.evaluation.features import FeatureConfig
@@ -101,6 +102,56 @@ def test_neighbours_in_a_file_of_features(
     assert [[one["name"] for one in row] for row in ours] == [[one["name"] for one in row] for row in theirs]
     same = (found.folder / "neighbours.png").read_bytes() == (made.folder / "neighbours.png").read_bytes()
     assert same == pool  # without the images their names alone are drawn
+
+
+@pytest.fixture(scope="module")
+def other(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the same sizes with other numbers."""
+    model, values = load_pretrained(run / "exported")
+    with torch.no_grad():
+        model.encoder.patch_embed.weight.mul_(1.01)
+    return save_pretrained(tmp_path_factory.mktemp("weights") / "other", model, values, "a card")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_file_of_other_features_is_refused(run: Path, other: Path, images: Path, tmp_path: Path, suffix: str) -> None:
+    def embedded(name: str, run: Path = run, **options: bool | int) -> Path:
+        return nb.embed(run=run, images=str(images), out=tmp_path / f"{name}{suffix}", workers=0, quiet=True, **options)
+
+    def refused(match: str, among: Path, **options: int) -> None:
+        given = {"run": run, "images": str(images), "out": tmp_path / "out", "count": 1, "heads": [0], "tokens": "0,0"}
+        with pytest.raises(ConfigError, match=match):
+            visualize(**given, among=among, quiet=True, **options)
+        assert not (tmp_path / "out").exists()
+
+    refused(rf"strange{suffix} holds features of another encoder", embedded("strange", other))
+    refused("made with other options: last_layers 2 there, 1 here", embedded("two", last_layers=2))
+    refused("bidirectional True there, False here", embedded("free", bidirectional=True))
+    refused("final_norm True there, False here", embedded("normed", final_norm=True))
+    refused(r"size_px \[16, 16\] there, \[24, 24\] here", embedded("same"), image_size_px=24)
+
+
+def test_files_without_a_record_are_taken_with_a_warning(
+    made: Visualized, run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded = nb.embed(run=run, images=str(images), workers=0, quiet=True)
+    np.savez(tmp_path / "old.npz", names=np.array(embedded.names), features=embedded.features)
+    basis = ColourBasis.load(made.colours)
+    assert len(basis.about.pop("weights")) == 64
+    basis.save(tmp_path / "colours.npz")
+    visualize(
+        run=run, images=str(images), out=tmp_path / "out", count=1, heads=[0], tokens="0,0",
+        among=tmp_path / "old.npz", colours=tmp_path / "colours.npz",
+    )  # fmt: skip
+    told = capsys.readouterr().out
+    assert f"{tmp_path}/old.npz does not say of which encoder" in told
+    assert f"{tmp_path}/colours.npz does not say of which encoder" in told
+
+
+def test_colours_of_another_encoder_are_refused(made: Visualized, other: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"colours\.npz holds colours for features of another encoder"):
+        visualize(run=other, images=str(images), out=tmp_path / "out", count=1, colours=made.colours, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_broken_images_are_left_out_and_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

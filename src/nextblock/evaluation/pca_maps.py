@@ -46,12 +46,21 @@ class ColourBasis:
         return np.rint(scaled.clip(0, 1) * 255).astype(np.uint8)
 
     def require_fit(self, width: int, about: Mapping[str, Any], where: str | Path) -> None:
-        """Raise ConfigError when the basis is one of other features than these of so many dimensions."""
+        """Raise ConfigError when the basis is one of other features than these of so many dimensions.
+
+        `about` is compared value by value; of "weights", the encoder's digest, an older file says nothing, which fits.
+        """
         if len(self.mean) != width:
             raise ConfigError(
                 f"{where} holds colours for features of {len(self.mean)} dimensions; this encoder gives {width}. "
                 "Leave out --colours, or give a file of this encoder."
             )
+        if "weights" in self.about and self.about["weights"] != about.get("weights", self.about["weights"]):
+            raise ConfigError(
+                f"{where} holds colours for features of another encoder. Leave out --colours, or give a file of this "
+                "encoder."
+            )
+        about = {name: value for name, value in about.items() if name != "weights"}
         other = [f"{k} {self.about.get(k)} there, {v} here" for k, v in about.items() if self.about.get(k) != v]
         if other:
             raise ConfigError(f"{where} holds colours for other features: {'; '.join(other)}. Give the same options.")

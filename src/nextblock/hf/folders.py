@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,23 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from nextblock.checkpoints.kinds import describe, make
-from nextblock.checkpoints.pretrained import find_folder, load_weights, push_model, save_new
-from nextblock.errors import ConfigError
+from nextblock.checkpoints.pretrained import (
+    find_folder,
+    load_weights,
+    push_model,
+    read_about,
+    read_preprocessing,
+    save_new,
+)
+from nextblock.data.preprocess import Preprocessing
+from nextblock.errors import CheckpointError, ConfigError
 from nextblock.hf.configuration import NextblockConfig
 from nextblock.hf.options import Options, for_pushing, refuse
 from nextblock.xtra.classifier import Classifier
+from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.model import Encoder
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# of a folder that has them a model that is saved leaves them: an image processor or a person wrote them
-_KEPT = ("README.md", "preprocessor_config.json")
 
 
 class FolderModel(PreTrainedModel):
@@ -121,8 +128,9 @@ class FolderModel(PreTrainedModel):
     ) -> None:
         """Write a weights folder of ours, which both libraries open: config.json, model.safetensors, custom code.
 
-        preprocessor_config.json and README.md are written where there are none; save the image processor too when it is
-        not that of the folder which this model came from.
+        preprocessor_config.json and README.md are kept when they are there, of a model for images of the same size and
+        channels; else they are written. Save the image processor too when it is not that of the folder which this
+        model came from.
 
         Args:
             save_directory: new or not; other files in it stay.
@@ -139,8 +147,9 @@ class FolderModel(PreTrainedModel):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial") as scratch:
             written = save_new(Path(scratch) / "weights", self._to_save(state_dict))
             # config.json last: it holds the hash of the weights, so nothing half written is opened
+            kept = _kept(folder, written)
             for file in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
-                if file.name not in _KEPT or not (folder / file.name).exists():
+                if file.name not in kept:
                     os.replace(file, folder / file.name)
         if push_to_hub:
             self.push_to_hub(**({"repo_id": folder.name} | pushed))
@@ -191,6 +200,31 @@ def head_that_fits(config: NextblockConfig, new_head: bool) -> bool:
             f"the head tells {stored} classes apart, not {wanted}. Give ignore_mismatched_sizes=True for a new head."
         )
     return bool(stored) and stored == wanted
+
+
+def _kept(folder: Path, written: Path) -> set[str]:
+    """What an image processor or a person wrote for a model such as the one in `written`: it stays in `folder`."""
+    kept = set()
+    if _takes(read_preprocessing, folder) in (_takes(read_preprocessing, written), _takes(_sizes, written)):
+        kept.add("preprocessor_config.json")
+    if not (folder / "config.json").exists() or _takes(_sizes, folder) == _takes(_sizes, written):
+        kept.add("README.md")
+    return {name for name in kept if (folder / name).is_file()}
+
+
+def _takes(read: Callable[[Path], dict[str, Any]], folder: Path) -> tuple[Any, int] | None:
+    """Size in pixels and channels of the images that a folder says it takes; None when it does not say."""
+    try:
+        found = Preprocessing.from_dict(read(folder))
+    except (CheckpointError, ConfigError, KeyError, TypeError, ValueError):
+        return None
+    return found.size_px, found.channels
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """As preprocessing: what config.json says."""
+    config = XTRAConfig.from_dict(read_about(folder)["config"])
+    return {"size_px": config.image, "channels": config.channels}
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -190,7 +190,7 @@ def write_official(source: Path, target: Path) -> tuple[str, int]:
     usual = {"xar": None, "kl16": "model"}.get(kind, "state_dict")
     wrapper = layout.get("wrapper", usual)
     try:
-        with written_whole(target) as beside:
+        with written_whole(target, "--to") as beside:
             torch.save({wrapper: tensors} if isinstance(wrapper, str) else tensors, beside)
     except RuntimeError as error:  # torch's own, for a place that cannot be written
         raise RunError(f"cannot write {target}: {error}. Choose another --to.") from error

@@ -22,6 +22,7 @@ from nextblock.evaluation.linear import linear_accuracy
 from nextblock.figures.curves import draw_bars, draw_curves
 from nextblock.jobs.demo_generator import GUIDANCE, generate_digits
 from nextblock.jobs.opening import open_model
+from nextblock.jobs.output import say
 from nextblock.jobs.pretrain import pretrain
 from nextblock.jobs.reconstruct import reconstruct
 from nextblock.recipes.config import read_recipe, typed
@@ -88,9 +89,9 @@ def demo(
     found = {"seed": seed, "rows": rows, "generated": generated}
     write_text(folder / "results.json", to_json(found))
     seconds = time.monotonic() - started
-    console.print(f"{seconds:.0f} s. Everything is in {folder}; look at", highlight=False, soft_wrap=True)
+    say(console, f"{seconds:.0f} s. Everything is in {folder}; look at")
     for picture in [*pictures, *sheets]:
-        console.print(f"  {picture}", highlight=False, soft_wrap=True)
+        say(console, f"  {picture}")
     return found | {"folder": str(folder)}
 
 
@@ -103,7 +104,7 @@ def _train(
     epochs: float | None,
     console: Console,
 ) -> Path:
-    console.print(f"\npre-training, {'cells' if not model else 'patches'}: {folder}", highlight=False, soft_wrap=True)
+    say(console, f"\npre-training, {'cells' if not model else 'patches'}: {folder}")
     training: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
     done = pretrain(
         config=RECIPE,

@@ -19,6 +19,7 @@ from nextblock.evaluation.generation import compare, real_against_real
 from nextblock.figures.samples import contact_sheet
 from nextblock.jobs.opening import Opened, open_model
 from nextblock.jobs.opening_generator import open_generator
+from nextblock.jobs.output import say
 from nextblock.jobs.train_generator import train_generator
 from nextblock.xar.sampler import sample_latents
 
@@ -44,7 +45,7 @@ def generate_digits(
     made: dict[str, Images] = {}
     for arm, model in ARMS.items():
         place = folder / f"generator-{arm}"
-        console.print(f"\ntraining a generator, {arm}: {place}", highlight=False, soft_wrap=True)
+        say(console, f"\ntraining a generator, {arm}: {place}")
         training: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
         done = train_generator(
             config=RECIPE, data={"train": (train.images, train.labels), "workers": 0}, model=model, training=training,

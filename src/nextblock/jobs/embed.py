@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from nextblock.data.loading import default_workers, evaluation_batches
 from nextblock.data.sources import Source, open_source
 from nextblock.data.stream import BadSample
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
+from nextblock.jobs.embedded_file import METADATA, record_of
 from nextblock.jobs.opening import one_or_many, open_encoder, require_positive, run_data
-from nextblock.jobs.output import new_file, require_some, tell_bad, written_whole
+from nextblock.jobs.output import new_file, require_some, say, tell_bad, written_whole
 
 SUFFIXES = (".parquet", ".npz")
 SHELL_NEEDS = {"out": "a new .parquet or .npz file for the features"}
@@ -55,8 +57,8 @@ def embed(
     Args:
         run: a run folder, or a folder of exported weights.
         images: image files and folders, Parquet files or hf:NAME; in Python any source of images.
-        out: a new .parquet (columns name, features) or .npz file (arrays names, features); without it the
-            features are returned.
+        out: a new .parquet (columns name, features) or .npz file (arrays names, features), which also records the
+            encoder and the options; without it the features are returned.
         last_layers: mean over the outputs of so many last layers.
         pool: mean over the tokens of an image: one vector each; else a vector for every patch, raster order.
         final_norm: the tokens after the encoder's final norm instead.
@@ -84,17 +86,18 @@ def embed(
         extract_batches(opened.encoder, batches, opened.preprocessing, config),
         total=steps, description="embedding", console=console, disable=not console.is_terminal,
     )  # fmt: skip
+    record = record_of(opened, config) if target is not None else {}
     if target is not None and target.suffix == ".parquet":
-        bad, count = _write_parquet(target, shown, source)
+        bad, count = _write_parquet(target, shown, source, record)
     else:
         made = _collect(shown, source)
         bad, count = made.bad, len(made.names)
         if target is None:
             tell_bad(console, bad)
             return made
-        _write_npz(target, made)
+        _write_npz(target, made, record)
     tell_bad(console, bad)
-    console.print(f"{count:,} images embedded: {target}", highlight=False, soft_wrap=True)
+    say(console, f"{count:,} images embedded: {target}")
     return target
 
 
@@ -111,15 +114,19 @@ def _collect(batches: Iterable[Features], source: Source) -> Embedded:
     return Embedded(names, np.concatenate(values), bad)
 
 
-def _write_npz(target: Path, made: Embedded) -> None:
+def _write_npz(target: Path, made: Embedded, record: Mapping[str, Any]) -> None:
+    about = np.array(json.dumps(record))
     with written_whole(target) as beside, open(beside, "wb") as file:
-        np.savez(file, names=np.array(made.names), features=made.features)
+        np.savez(file, names=np.array(made.names), features=made.features, about=about)
 
 
-def _write_parquet(target: Path, batches: Iterable[Features], source: Source) -> tuple[list[BadSample], int]:
+def _write_parquet(
+    target: Path, batches: Iterable[Features], source: Source, record: Mapping[str, Any]
+) -> tuple[list[BadSample], int]:
     """One row group per batch, so that memory stays that of one batch."""
     bad: list[BadSample] = []
     writer, count = None, 0
+    about = {METADATA: json.dumps(record)}
     with written_whole(target) as beside:
         try:
             for batch in batches:
@@ -127,7 +134,7 @@ def _write_parquet(target: Path, batches: Iterable[Features], source: Source) ->
                 if not len(batch.indices):
                     continue
                 names = pa.array([source.name(int(i)) for i in batch.indices])
-                table = pa.table({"name": names, "features": _nested(batch.values)})
+                table = pa.table({"name": names, "features": _nested(batch.values)}, metadata=about)
                 writer = writer or pq.ParquetWriter(beside, table.schema)
                 writer.write_table(table)
                 count += len(names)

@@ -1,7 +1,8 @@
-"""Reading what `nextblock embed` wrote: names and features, part by part."""
+"""Reading what `nextblock embed` wrote: names and features, part by part, and what the features are of."""
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nextblock.errors import DataError
+from nextblock.evaluation.feature_cache import weights_digest
+from nextblock.evaluation.features import FeatureConfig
+from nextblock.jobs.opening import OpenedEncoder
 
 ROWS = 4096  # read at once
 COLUMNS = ["name", "features"]
+METADATA = "nextblock"  # the key of the record in a table; in an .npz it is the array "about"
 
 Part = tuple[list[str], NDArray[np.float32]]  # names [M], features [M, D]
 
@@ -51,6 +56,39 @@ def embedded_parts(path: Path) -> Iterator[Part]:
             for batch in table.iter_batches(ROWS, columns=COLUMNS):
                 names, features = (batch.column(name) for name in COLUMNS)
                 yield names.to_pylist(), _pooled(_array(features, path), len(names), path)
+
+
+def record_of(opened: OpenedEncoder, config: FeatureConfig) -> dict[str, Any]:
+    """What features are of, in plain values: those with another record cannot be compared with them.
+
+    Pooling is no part of it: what is not pooled is averaged when it is read.
+    """
+    preprocessing = opened.preprocessing.to_dict()
+    return {
+        "weights": weights_digest(opened.encoder),
+        "last_layers": config.last_layers,
+        "final_norm": config.final_norm,
+        "bidirectional": config.bidirectional,
+        **preprocessing,
+        "resize_px": opened.preprocessing.shorter_side_px,
+    }
+
+
+def embedded_record(path: Path) -> dict[str, Any] | None:
+    """What `record_of` gave when the file was written; None when it holds no such record.
+
+    Raises DataError for anything else than what `embed` writes.
+    """
+    with _readable(path):
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                text = str(file["about"]) if "about" in file.files else None
+        else:
+            text = (pq.read_schema(path).metadata or {}).get(METADATA.encode())
+        record = None if text is None else json.loads(text)
+        if not isinstance(record, dict | None):
+            raise ValueError(f"what it says of its features is {record!r}")
+        return record
 
 
 def _array(column: pa.Array, path: Path) -> NDArray[np.float32]:

@@ -25,7 +25,7 @@ from nextblock.data.sources import Source, open_source
 from nextblock.errors import RunError
 from nextblock.jobs.export_card import graph_card
 from nextblock.jobs.export_report import BATCHES, Checked, check, described, measure, show, table_rows
-from nextblock.jobs.opening import one_or_many, open_classifier, open_encoder, run_data, weights_in
+from nextblock.jobs.opening import HUB, one_or_many, open_classifier, open_encoder, run_data, weights_in
 from nextblock.jobs.output import require_some, tell_bad
 from nextblock.training.run_folder import job_of, read_config
 from nextblock.xtra.classifier import Classifier
@@ -70,7 +70,8 @@ def export(
     Args:
         run: a run folder, or a folder of exported weights.
         format: "onnx" (for onnxruntime and others) or "torch" (for torch.export.load).
-        out: a new folder; by default beside the run's exported weights, as in RUN/exported_onnx.
+        out: a new folder; by default beside the run's exported weights, as in RUN/exported_onnx, and for weights of
+            the hub in the current one, as in NAME_onnx.
         images: to check on: image files and folders, Parquet files or hf:NAME; in Python any source of images. By
             default parts of two photographs that come with scikit-learn.
         output: "tokens" (a vector for every patch, raster order), "pooled" (their mean) or "logits" (of the classes);
@@ -92,7 +93,7 @@ def export(
     config = GraphConfig(
         output or ("logits" if kind == "xtra_classifier" else "tokens"), last_layers, final_norm, bidirectional
     )
-    folder = _new_folder(out, weights or Path(run) / "exported", format)
+    folder = _new_folder(out, _named_after(run, weights), format)
     model, preprocessing, where = _opened(run, config.output)
     statistics = (preprocessing.mean or (), preprocessing.std or ()) if uint8 else None
     module = Exportable(model, config, preprocessing.size_px, statistics)
@@ -133,6 +134,14 @@ def _opened(run: str | Path, output: str) -> tuple[Encoder | Classifier, Preproc
         return classifier.model, classifier.preprocessing, classifier.where
     encoder = open_encoder(run, device="cpu")
     return encoder.encoder, encoder.preprocessing, encoder.where
+
+
+def _named_after(run: str | Path, weights: Path | None) -> Path:
+    """What the new folder lies beside: the weights; for those of the hub, in a cache, a name in the current folder."""
+    if str(run).startswith(HUB):
+        name, _, _ = str(run).removeprefix(HUB).partition("@")
+        return Path(Path(name).name)
+    return weights or Path(run) / "exported"
 
 
 def _new_folder(out: str | Path | None, weights: Path, format: str) -> Path:

@@ -46,6 +46,27 @@ input, `result.json` the measurements.
     return card, table
 
 
+def _view(height: int, width: int, resize: int) -> list[str]:
+    """The lines for the central part of `photo`: the numbers of `resize_and_crop`, so the same pixels."""
+    lines = [
+        "w, h = photo.size",
+        f"across, down = ({resize} if side == min(w, h) else int({resize} * side / min(w, h)) for side in (w, h))",
+    ]
+    if resize < max(height, width):  # or no photograph is too small when its shorter side is resized
+        lines += [
+            f"if across < {width} or down < {height}:",
+            f"    scale = max({height} / h, {width} / w)",
+            f"    across, down = max({width}, round(w * scale)), max({height}, round(h * scale))",
+        ]
+    return [
+        *lines,
+        f"left, top = round((across - {width}) / 2), round((down - {height}) / 2)",
+        "x, y = w / across, h / down  # pixels of the photograph to one",
+        f"box = (left * x, top * y, min(w, (left + {width}) * x), min(h, (top + {height}) * y))",
+        f"photo = photo.resize(({width}, {height}), Image.Resampling.BICUBIC, box=box)",
+    ]
+
+
 def _snippet(about: Mapping[str, Any], preprocessing: Preprocessing) -> str:
     """Python that reads photo.jpg and runs the graph, with NumPy, Pillow and the graph's own runtime."""
     (height, width), channels, resize = preprocessing.size_px, preprocessing.channels, preprocessing.shorter_side_px
@@ -60,11 +81,7 @@ def _snippet(about: Mapping[str, Any], preprocessing: Preprocessing) -> str:
             "",
             'photo = Image.open("photo.jpg")',
             f'photo = {turned}.convert("{mode}")',
-            f"scale = max({resize} / min(photo.size), {width} / photo.width, {height} / photo.height)",
-            "size = (round(photo.width * scale), round(photo.height * scale))",
-            "photo = photo.resize(size, Image.Resampling.BICUBIC)",
-            f"left, top = (photo.width - {width}) // 2, (photo.height - {height}) // 2",
-            f"photo = photo.crop((left, top, left + {width}, top + {height}))",
+            *_view(height, width, resize),
             f"pixels = np.asarray(photo)[{axes}]  # uint8 [1, {height}, {width}, {channels}]",
         ]
     else:

@@ -20,6 +20,7 @@ from nextblock.checkpoints.graphs import ONNX_PACKAGES, Exportable
 from nextblock.data.preprocess import Preprocessing, normalize
 from nextblock.errors import CheckpointError, RunError
 from nextblock.evaluation.inference import inference
+from nextblock.jobs.output import say
 from nextblock.xtra.classifier import Classifier, LayerMean
 
 BATCHES = (1, 3, 8)  # of the check
@@ -197,10 +198,10 @@ def show(console: Console, rows: Sequence[Mapping[str, Any]], checked: Checked, 
     for row in rows:
         table.add_row(*table_cells(row))
     console.print(table)
-    console.print(table_conditions(checked), highlight=False)
+    say(console, table_conditions(checked))
     shape = ", ".join(map(str, about["input"]["shape"]))
-    console.print(
+    say(
+        console,
         f"{folder}: {' and '.join(about['files'])}, {about['input']['dtype']} [{shape}] to {about['output']['name']}, "
         f"{about['attention']}; README.md there runs it",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    )

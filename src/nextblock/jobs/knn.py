@@ -20,6 +20,7 @@ from nextblock.evaluation.features import FeatureConfig, Features, extract_batch
 from nextblock.evaluation.knn import knn_accuracy
 from nextblock.jobs.classes import in_classes_of
 from nextblock.jobs.opening import OpenedEncoder, open_encoder, require_positive, run_data
+from nextblock.jobs.output import say
 from nextblock.recipes.config import DataConfig, typed
 
 SECTIONS = {"data": DataConfig}
@@ -82,15 +83,15 @@ def knn(
         if found.bad:
             first = found.bad[0]
             told = f"{name}: {len(found.bad)} broken images left out; the first: {first.name}: {first.reason}"
-            console.print(told, highlight=False, markup=False)
+            say(console, told)
     if _same(sources["train"], sources["val"]):
-        console.print("bank and queries are the same images: every query finds itself", highlight=False)
+        say(console, "bank and queries are the same images: every query finds itself")
     queries = in_classes_of(sources["train"], sources["val"], features["val"])
     accuracy = knn_accuracy(features["train"], queries, k=k or [20], temperature=temperature)
     for neighbours, percent in accuracy.items():
-        console.print(f"kNN accuracy, k = {neighbours}: {percent:.2f} %", highlight=False)
+        say(console, f"kNN accuracy, k = {neighbours}: {percent:.2f} %")
     told = f"bank {len(features['train']):,} images, {len(queries):,} queries, {opened.where}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    say(console, told)
     return accuracy
 
 
@@ -113,7 +114,7 @@ def _of_dataset(
         image_column=settings.image_column, label_column=settings.label_column,
     )  # fmt: skip
     if found.note:
-        console.print(f"{found.name}: {found.note}", highlight=False, markup=False)
+        say(console, f"{found.name}: {found.note}")
     return {"train": found.train, "val": found.test}
 
 

@@ -1,4 +1,4 @@
-"""What the jobs that write one file about many images share: a new file, written whole, and who was left out."""
+"""What jobs that write files share: a new file, written whole, who was left out, and names told as they are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from nextblock.data.stream import BadSample
 from nextblock.errors import ConfigError, DataError, RunError
@@ -26,17 +27,17 @@ def new_file(path: str | Path, suffixes: Sequence[str], option: str = "--out") -
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, option: str = "--out") -> Iterator[Path]:
     """A path beside `target` to write to; it becomes `target` when all went well, and is gone otherwise.
 
-    What the file system refuses in between is raised as a RunError.
+    What the file system refuses in between is raised as a RunError; `option` is what named the target.
     """
     beside = target.with_name(f".{target.name}.partial")
     try:
         yield beside
         beside.rename(target)
     except OSError as error:
-        raise RunError(f"cannot write {target}: {error.strerror or error}. Choose another --out.") from error
+        raise RunError(f"cannot write {target}: {error.strerror or error}. Choose another {option}.") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -50,6 +51,21 @@ def require_some(count: int, bad: Sequence[BadSample]) -> None:
 def tell_bad(console: Console, bad: Sequence[BadSample]) -> None:
     """The first five that were left out and why, and how many more."""
     for sample in bad[:5]:
-        console.print(f"left out: {sample.name}: {sample.reason}", highlight=False, markup=False)
+        say(console, f"left out: {sample.name}: {sample.reason}")
     if len(bad) > 5:
-        console.print(f"left out: {len(bad) - 5} more", highlight=False)
+        say(console, f"left out: {len(bad) - 5} more")
+
+
+def say(console: Console, text: str) -> None:
+    """A line that holds names or paths: rich takes nothing in it for a style, a colour or an emoji, nor wraps it."""
+    console.print(_printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """The same for a cell of a table, or with the style "table.title" for its title."""
+    return Text(_printable(text), style=style)
+
+
+def _printable(text: str) -> str:
+    """File names need not be UTF-8, and what is printed must."""
+    return text.encode(errors="replace").decode()

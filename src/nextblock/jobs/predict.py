@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column, Table
 
 from nextblock.data.loading import default_workers, evaluation_batches
 from nextblock.data.preprocess import normalize
@@ -22,7 +21,7 @@ from nextblock.data.stream import BadSample, Batch
 from nextblock.errors import CheckpointError
 from nextblock.evaluation.inference import device_of, inference
 from nextblock.jobs.opening import OpenedClassifier, one_or_many, open_classifier, require_positive
-from nextblock.jobs.output import new_file, require_some, tell_bad, written_whole
+from nextblock.jobs.output import new_file, plain, require_some, say, tell_bad, written_whole
 from nextblock.training.run_folder import read_config
 
 SUFFIXES = (".csv",)
@@ -82,7 +81,7 @@ def predict(
     known = len(opened.model.classes)
     if top > known and top != TOP:
         told = f"{opened.where} knows {known} classes: all of them are given, not {top}."
-        console.print(told, highlight=False, markup=False)
+        say(console, told)
     loaders = default_workers() if workers < 0 else workers
     batches = evaluation_batches(source, opened.preprocessing, batch_size=batch_size, workers=loaders)
     shown = track(
@@ -97,7 +96,7 @@ def predict(
         return made
     count, bad = _write_csv(target, parts, min(top, known))
     tell_bad(console, bad)
-    console.print(f"{count:,} images predicted: {target}", highlight=False, soft_wrap=True)
+    say(console, f"{count:,} images predicted: {target}")
     return target
 
 
@@ -152,11 +151,11 @@ def _write_csv(target: Path, parts: Iterable[Predictions], top: int) -> tuple[in
 
 
 def _show(console: Console, made: Predictions) -> None:
-    table = Table("image", "most probable classes", box=None)
+    table = Table(Column("image", overflow="fold"), "most probable classes", box=None)
     for name, classes, probabilities in zip(made.names[:MOST_SHOWN], made.classes, made.probabilities, strict=False):
         said = ", ".join(f"{label} {100 * p:.1f} %" for label, p in zip(classes, probabilities, strict=True))
-        table.add_row(Text(name.encode(errors="replace").decode(), overflow="fold"), Text(said))
+        table.add_row(plain(name), plain(said))
     console.print(table)
     if len(made.names) > MOST_SHOWN:
         more = len(made.names) - MOST_SHOWN
-        console.print(f"and {more:,} more images; all of them to a file: --out FILE.csv", highlight=False)
+        say(console, f"and {more:,} more images; all of them to a file: --out FILE.csv")

@@ -20,6 +20,7 @@ from nextblock.evaluation.head_log import read_heads
 from nextblock.evaluation.probe import Predictions
 from nextblock.figures.confusion import draw_confusion
 from nextblock.figures.probe import draw_layers, draw_learning_rates, draw_probe_curves
+from nextblock.jobs.output import plain, say
 from nextblock.jobs.probe_run import ProbeRun
 from nextblock.training.run_folder import to_json, write_text
 from nextblock.xtra.classifier import Classifier
@@ -171,31 +172,31 @@ def tell(console: Console, folder: Path, result: dict[str, Any]) -> None:
     own = METRICS[result["metric"]]
     columns = ["probe", "layers", "lr", "weight decay", "validation %", "test top-1 %"]
     columns += [] if own == "top1" else [f"{own.replace('_', ' ')} % (its own metric)"]
-    table = Table(*columns, title=f"{result['dataset']}, frozen encoder")
+    table = Table(*columns, title=plain(f"{result['dataset']}, frozen encoder", "table.title"))
     for row in result["rows"]:
         val = "-" if row["val_top1"] is None else f"{row['val_top1']:.2f}"
         cells = [row["kind"], row["layers"], f"{row['lr']:g}", f"{row['weight_decay']:g}", val]
         cells.append(f"{row['test_top1']:.2f}")
-        table.add_row(*cells, *([] if own == "top1" else [f"{row[own]:.2f}"]))
+        table.add_row(*map(plain, cells), *([] if own == "top1" else [f"{row[own]:.2f}"]))
     console.print(table)
     known = [(row.model, row.accuracy[result["dataset"]]) for row in PUBLISHED if result["dataset"] in row.accuracy]
     if known:
         told = ", ".join(f"{model} {percent:.1f} %" for model, percent in known)
-        console.print(f"published attentive probes: {told}", highlight=False, soft_wrap=True)
+        say(console, f"published attentive probes: {told}")
     counts = result["images"]
     told = f"{counts['training']:,} training and {counts['test']:,} test images, {result['training']}; "
     told += result["protocol"]
-    console.print(told, highlight=False, soft_wrap=True)
+    say(console, told)
     if edge := _at_the_edge(result):
-        console.print(edge, highlight=False, soft_wrap=True)
+        say(console, edge)
     if result["left_out"]:
         name, reason, _ = result["left_out"][0]
         told = f"{len(result['left_out'])} broken images left out; the first: {name}: {reason}"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        say(console, told)
     lost = sum(head["diverged"] for head in result["heads"])
     if lost:
-        console.print(f"{lost} of {len(result['heads'])} heads diverged and were left where they were", highlight=False)
-    console.print(f"everything is in {folder}; look at {folder / 'figures'}", highlight=False, soft_wrap=True)
+        say(console, f"{lost} of {len(result['heads'])} heads diverged and were left where they were")
+    say(console, f"everything is in {folder}; look at {folder / 'figures'}")
 
 
 def _at_the_edge(result: dict[str, Any]) -> str:

@@ -12,10 +12,10 @@ from rich.console import Console
 from nextblock.data.loading import evaluation_batches
 from nextblock.data.preprocess import normalize
 from nextblock.data.sources import open_source
-from nextblock.errors import DataError
 from nextblock.evaluation.reconstruction import reconstruct as reconstructions
 from nextblock.figures.reconstruction import draw_contact_sheet, draw_image
 from nextblock.jobs.opening import one_or_many, open_model, require_positive, run_data
+from nextblock.jobs.output import require_some, say, tell_bad
 from nextblock.training.run_folder import claim_folder
 
 
@@ -55,11 +55,8 @@ def reconstruct(
     count = min(most, len(source))
     indices = [i * len(source) // count for i in range(count)]
     batch = next(evaluation_batches(source, opened.preprocessing, batch_size=count, indices=indices))
-    for sample in batch.bad:
-        console.print(f"left out: {sample.name}: {sample.reason}", highlight=False, markup=False)
-    if not len(batch):
-        first = batch.bad[0]
-        raise DataError(f"none of the {count} images can be decoded; the first: {first.name}: {first.reason}.")
+    tell_bad(console, batch.bad)
+    require_some(len(batch), batch.bad)
     folder = Path(out) if out is not None else Path(f"reconstructions-{time.strftime('%Y%m%d-%H%M%S')}")
     claim_folder(folder)
     device_used = next(opened.model.parameters()).device
@@ -71,5 +68,5 @@ def reconstruct(
     for i, name in enumerate(names):
         draw_image(found, i, folder / f"{i:03d}-{Path(name).stem}.png", name)
     draw_contact_sheet(found, names, folder / "contact-sheet.png")
-    console.print(f"{len(names)} pictures and contact-sheet.png in {folder}", highlight=False, soft_wrap=True)
+    say(console, f"{len(names)} pictures and contact-sheet.png in {folder}")
     return folder

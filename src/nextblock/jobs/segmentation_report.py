@@ -19,7 +19,7 @@ from nextblock.data.masks import MaskView
 from nextblock.errors import RunError
 from nextblock.evaluation.segmentation import Scores, always, ceiling, class_counts, confusions, predicted, scores
 from nextblock.figures.segmentation import draw_iou, draw_masks
-from nextblock.jobs.output import written_whole
+from nextblock.jobs.output import plain, say, written_whole
 from nextblock.jobs.segmentation_run import SegmentationRun
 from nextblock.training.run_folder import to_json, write_text
 
@@ -239,12 +239,12 @@ def _markdown(result: dict[str, Any]) -> str:
 
 def tell(console: Console, folder: Path, result: dict[str, Any]) -> None:
     """The table of a finished segmentation probe."""
-    table = Table(title=f"{result['dataset']}: segmentation, frozen encoder")
+    table = Table(title=plain(f"{result['dataset']}: segmentation, frozen encoder", "table.title"))
     for i, column in enumerate(COLUMNS):
         table.add_column(column, no_wrap=i == 0, justify="left" if i == 0 else "right")
     for line in _lines(result):
-        table.add_row(*line)
+        table.add_row(*map(plain, line))
     console.print(table)
     for note in _notes(result):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"everything is in {folder}; look at {folder / 'figures'}", highlight=False, soft_wrap=True)
+        say(console, note)
+    say(console, f"everything is in {folder}; look at {folder / 'figures'}")

@@ -29,6 +29,7 @@ from nextblock.evaluation.probe import ProbeGrid
 from nextblock.evaluation.probe_config import ProbeConfig
 from nextblock.evaluation.segmentation import SegmentationTraining, TokenBatch, class_counts
 from nextblock.jobs.opening import OpenedEncoder
+from nextblock.jobs.output import say
 from nextblock.jobs.probe_choice import training_config
 from nextblock.jobs.record import described, header
 from nextblock.training.launch import Fabric
@@ -94,7 +95,7 @@ class SegmentationRun:
         self.keeps = self.gigabytes <= options.memory_gb
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, message)
 
     # --- reading ---
 

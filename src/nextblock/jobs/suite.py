@@ -17,6 +17,7 @@ from nextblock.data.named import data_root, find, named
 from nextblock.data.named.published import PUBLISHED, SUITES
 from nextblock.errors import ConfigError, DataError, NextblockError, RunError, nearest
 from nextblock.figures.suite import draw_suite
+from nextblock.jobs.output import say
 from nextblock.jobs.probe_report import Probed, read_result
 from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.run_folder import claim_folder, to_json, write_text
@@ -71,7 +72,7 @@ def run_suite(
     except RunError as error:
         problem = error
     on_first_process(fabric, problem)
-    console.print(f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}", highlight=False)
+    say(console, f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}")
     rows: list[dict[str, Any]] = []
     stopped = 0
     for name in here:
@@ -81,7 +82,7 @@ def run_suite(
             done = one(name, folder / name, begun)
         except Exception as error:  # whatever it is, it must not cost the other data sets
             reason = str(error) if isinstance(error, NextblockError) else f"{type(error).__name__}: {error}"
-            console.print(f"failed: {reason}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"failed: {reason}")
             rows.append({"dataset": name, "status": "failed", "reason": reason})
             continue
         if done.signal:
@@ -210,7 +211,5 @@ def _tell(console: Console, folder: Path, suite: str, rows: Sequence[dict[str, A
     table.add_row(*cells[-1])
     console.print(table)
     if missing := [row["dataset"] for row in rows if row["status"] == "missing"]:
-        console.print(f"not on this machine: {', '.join(missing)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"everything is in {folder}: results.jsonl, table.md, figures/suite.png", highlight=False, soft_wrap=True
-    )
+        say(console, f"not on this machine: {', '.join(missing)}")
+    say(console, f"everything is in {folder}: results.jsonl, table.md, figures/suite.png")

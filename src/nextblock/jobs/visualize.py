@@ -19,13 +19,17 @@ from nextblock.data.stream import BadSample, Batch
 from nextblock.errors import ConfigError
 from nextblock.evaluation.features import FeatureConfig
 from nextblock.evaluation.pca_maps import ColourBasis
+from nextblock.jobs.embedded_file import record_of
 from nextblock.jobs.opening import OpenedEncoder, one_or_many, open_encoder, require_positive, run_data
-from nextblock.jobs.output import require_some, tell_bad
-from nextblock.jobs.visualize_neighbours import find_neighbours, open_bank
+from nextblock.jobs.output import require_some, say, tell_bad
+from nextblock.jobs.visualize_neighbours import UNRECORDED, find_neighbours, open_bank
 from nextblock.jobs.visualize_page import draw_page
 from nextblock.jobs.visualize_seen import numbers, see, told
 from nextblock.jobs.visualize_settings import MOST_IMAGES, Tokens, VisualizeSettings, checked_settings
 from nextblock.training.run_folder import claim_folder, to_json, write_text
+
+# What colours are of. Not the size of the images: in two sizes the same colour shall mean the same.
+COLOURED = ("weights", "last_layers", "final_norm", "bidirectional")
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,16 @@ def visualize(
     opened = _of_size(open_encoder(run, device), image_size_px)
     features = FeatureConfig(last_layers=last_layers, pool=False, bidirectional=bidirectional, final_norm=final_norm)
     settings = _settings(opened, features, layers, heads, tokens)
-    about = _about(settings.features)
-    basis = _stored_colours(colours, opened, about)
+    record = record_of(opened, features)
+    about = {name: record[name] for name in COLOURED}
+    basis = _stored_colours(colours, opened, about, console)
     column = image_column or run_data(run).image_column
     source = open_source(one_or_many(images), split=split, image_column=column)
     bank = None
     if among is not None:
-        bank = open_bank(among, among_images, neighbours, split=among_split, image_column=column)
+        bank = open_bank(
+            among, among_images, neighbours, split=among_split, image_column=column, record=record, console=console
+        )
     elif among_images is not None:
         raise ConfigError("--among_images are the pictures of a file of features: give that file as --among.")
     folder = Path(out) if out is not None else Path("runs") / f"visualize-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -134,7 +141,7 @@ def visualize(
         seen.basis.save(folder / "colours.npz")
         write_text(folder / "visualize.json", to_json(numbers(seen)))
         page, pictures = draw_page(seen, folder, f"What {Path(run).name} sees")
-    console.print(f"{len(pictures)} pictures on one page: {page}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{len(pictures)} pictures on one page: {page}")
     return Visualized(folder, page, pictures, folder / "colours.npz", folder / "visualize.json", names, list(batch.bad))
 
 
@@ -159,20 +166,15 @@ def _settings(
     return checked_settings(opened.encoder, ordering, features, layers, heads, tokens)
 
 
-def _about(features: FeatureConfig) -> dict[str, Any]:
-    """What colours are of: those of other features mean something else."""
-    return {
-        "last_layers": features.last_layers,
-        "final_norm": features.final_norm,
-        "bidirectional": features.bidirectional,
-    }
-
-
-def _stored_colours(path: str | Path | None, opened: OpenedEncoder, about: Mapping[str, Any]) -> ColourBasis | None:
+def _stored_colours(
+    path: str | Path | None, opened: OpenedEncoder, about: Mapping[str, Any], console: Console
+) -> ColourBasis | None:
     if path is None:
         return None
     basis = ColourBasis.load(path)
     basis.require_fit(opened.encoder.config.width, about, path)
+    if "weights" not in basis.about:
+        say(console, f"{path} {UNRECORDED}")
     return basis
 
 

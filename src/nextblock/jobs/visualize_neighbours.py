@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from nextblock.data.stream import BadSample, Batch
 from nextblock.errors import ConfigError
 from nextblock.evaluation.features import FeatureConfig, extract_batches
 from nextblock.evaluation.similar import NearestImages, Similar
-from nextblock.jobs.embedded_file import embedded_parts, is_embedded_file
+from nextblock.jobs.embedded_file import embedded_parts, embedded_record, is_embedded_file
 from nextblock.jobs.opening import OpenedEncoder, one_or_many
-from nextblock.jobs.output import tell_bad
+from nextblock.jobs.output import say, tell_bad
+
+UNRECORDED = "does not say of which encoder it is: an older nextblock wrote it. Make sure that it is of this one."
 
 Shown = tuple[str, float, NDArray[np.uint8] | None]  # name, cosine, picture
 
@@ -38,9 +40,14 @@ class Bank:
     description: str
 
 
-def open_bank(among: Any, among_images: Any, k: int, *, split: str, image_column: str) -> Bank:
-    """A file of features or a source of images. Raises ConfigError when it cannot have k neighbours, DataError when
-    nothing usable is there."""
+def open_bank(
+    among: Any, among_images: Any, k: int, *, split: str, image_column: str, record: Mapping[str, Any],
+    console: Console,
+) -> Bank:  # fmt: skip
+    """A file of features or a source of images. `record`: what the queries' features are of.
+
+    Raises ConfigError when it cannot have k neighbours or is of other features, DataError when nothing usable is there.
+    """
     file = Path(among).expanduser() if is_embedded_file(among) else None
     if among_images is not None and file is None:
         raise ConfigError("--among_images are the pictures of a file of features; --among are images already.")
@@ -49,6 +56,7 @@ def open_bank(among: Any, among_images: Any, k: int, *, split: str, image_column
     if spec is not None:
         images = open_source(one_or_many(spec), split=split, image_column=image_column)
     if file is not None:
+        _require_same(file, record, console)
         count = sum(len(names) for names, _ in embedded_parts(file))
     else:
         assert images is not None
@@ -58,6 +66,27 @@ def open_bank(among: Any, among_images: Any, k: int, *, split: str, image_column
             f"--among has {count} images, less than --neighbours {k}. Give more images, or a lower number."
         )
     return Bank(images, file, count, str(file) if file is not None else getattr(images, "description", ""))
+
+
+def _require_same(file: Path, record: Mapping[str, Any], console: Console) -> None:
+    """Raise ConfigError when the file's features are not such as the queries', which would then find themselves; a
+    file that does not say is told."""
+    stored = embedded_record(file)
+    if stored is None:
+        say(console, f"{file} {UNRECORDED}")
+        return
+    if stored.get("weights") != record["weights"]:
+        raise ConfigError(
+            f"{file} holds features of another encoder. Embed the images with this one, or give them as --among "
+            "themselves."
+        )
+    other = [f"{name} {stored.get(name)} there, {value} here" for name, value in record.items()
+             if stored.get(name) != value]  # fmt: skip
+    if other:
+        raise ConfigError(
+            f"{file} holds features made with other options: {'; '.join(other)}. Give the same options, or "
+            "the images themselves as --among."
+        )
 
 
 def find_neighbours(
