@@ -80,6 +80,8 @@ def test_the_commands_run_in_the_order_of_the_readme(
         if arguments[0] == "pretrain" and "--resume" not in arguments:
             arguments += flags(small)
         arguments += GENERATION.get(arguments[0], [])
+        if arguments[0] == "profile":
+            arguments += [*flags({name: values for name, values in small.items() if name != "watch"}), "--warmup", "1"]
         if "xtra_b16.ckpt" in arguments:  # a small model, of no preset
             arguments += ["--num_heads", "3", "--predictor_heads", "4"]
         if "xar_b_in256" in arguments:

@@ -45,7 +45,9 @@ _HOMES = {
     "ImageFeatures": "nextblock.jobs.image_features",
     "knn": "nextblock.jobs.knn",
     "predict": "nextblock.jobs.predict",
+    "prepare": "nextblock.jobs.prepare",
     "pretrain": "nextblock.jobs.pretrain",
+    "profile": "nextblock.jobs.profile",
     "probe": "nextblock.jobs.probe",
     "reconstruct": "nextblock.jobs.reconstruct",
     "export": "nextblock.jobs.export",
@@ -73,8 +75,10 @@ if TYPE_CHECKING:
     from nextblock.jobs.knn import knn
     from nextblock.jobs.opening_generator import open_generator
     from nextblock.jobs.predict import predict
+    from nextblock.jobs.prepare import prepare
     from nextblock.jobs.pretrain import pretrain
     from nextblock.jobs.probe import probe
+    from nextblock.jobs.profile import profile
     from nextblock.jobs.reconstruct import reconstruct
     from nextblock.jobs.sample import sample
     from nextblock.jobs.train_generator import train_generator
@@ -121,8 +125,10 @@ __all__ = [
     "open_source",
     "open_vae",
     "predict",
+    "prepare",
     "pretrain",
     "probe",
+    "profile",
     "reconstruct",
     "sample",
     "sample_latents",

@@ -31,6 +31,8 @@ VERBS = {
     "train-generator": ("nextblock.jobs.train_generator", "train an xAR generator on images or cached latents"),
     "sample": ("nextblock.jobs.sample", "make images with a generator"),
     "fid": ("nextblock.jobs.fid", "how good are they? Fréchet distance and others between two sets of images"),
+    "prepare": ("nextblock.jobs.prepare", "images to shards that load fast, once, for every verb"),
+    "profile": ("nextblock.jobs.profile", "where a training step's time goes, and what would make it faster"),
     "export": ("nextblock.jobs.export", "an encoder or classifier as ONNX or torch.export, checked"),
     "convert": ("nextblock.jobs.convert", "official weights to a folder that every verb opens, and back"),
     "doctor": ("nextblock.jobs.doctor", "what is this machine missing?"),
@@ -62,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _batch_option(args: list[str]) -> str:
     training = "--training.per_device_batch"
-    sections = {"probe": "--probe.per_device_batch", "pretrain": training, "train-generator": training}
+    sections = {"probe": "--probe.per_device_batch", "pretrain": training, "train-generator": training,
+                "profile": training}  # fmt: skip
     return sections.get(args[0], "--batch_size (--training.per_device_batch for training)")
 
 

@@ -12,11 +12,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from nextblock.data.decoders import chosen_decoder
 from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs.opening import open_model
 from nextblock.jobs.pretrain import pretrain
 from nextblock.training import memory
-from nextblock.training.run_folder import read_metrics
+from nextblock.training.run_folder import read_config, read_metrics
 from nextblock.xtra.config import XTRAConfig
 from tiny_run import tiny, write_images
 
@@ -101,6 +102,28 @@ def test_resume_is_bit_identical(images: Path, tmp_path: Path, order: str) -> No
     assert rows[0] == rows[1]
     a, b = (load_file(folder / "exported" / "model.safetensors") for folder in (tmp_path / "whole", cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_keeps_its_decoder(tmp_path: Path, run: Path) -> None:
+    assert read_config(run)["data"]["decoder"] == "pillow"
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        noise = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        noise.resize((120, 90)).save(tmp_path / "photos" / f"{i}.jpg")
+    losses = {}
+    for name in ("pillow", "auto"):
+        start(tmp_path / name, str(tmp_path / "photos"), {"data": {"decoder": name}})
+        losses[name] = [row["loss"] for row in read_metrics(tmp_path / name / "metrics.csv")]
+    chosen = read_config(tmp_path / "auto")["data"]["decoder"]
+    assert chosen == chosen_decoder("auto")
+    if chosen != "pillow":
+        assert losses["auto"] != losses["pillow"]
+        with pytest.raises(ConfigError, match=f"data.decoder was {chosen}, now pillow"):
+            pretrain(resume=tmp_path / "auto", data={"decoder": "pillow"}, quiet=True)
+    with pytest.raises(ConfigError, match="Did you mean 'pillow'"):
+        start(tmp_path / "odd", str(tmp_path / "photos"), {"data": {"decoder": "pilow"}})
+    assert not (tmp_path / "odd").exists()
 
 
 def test_a_finished_run_is_left_alone_and_exported_if_it_was_not(run: Path, images: Path, tmp_path: Path) -> None:

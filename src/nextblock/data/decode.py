@@ -23,7 +23,8 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -122,14 +123,42 @@ def decode(
 
     Returns uint8 [H, W, channels]. Raises SampleError for anything that is wrong with this one image.
     """
-    if isinstance(content, str | os.PathLike):
-        content = read_bytes(content, name=name)
     if isinstance(content, np.ndarray):
         return _from_array(content, name, channels)
+    image = decode_image(content, name, channels=channels, exif_orientation=exif_orientation, max_pixels=max_pixels)
+    with sample_errors(name):
+        return as_pixels(image)
+
+
+def decode_image(
+    content: bytes | str | os.PathLike[str] | Image.Image,
+    name: str,
+    *,
+    channels: int = 3,
+    exif_orientation: bool = True,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """`decode` of what is no array, as a Pillow image of mode L or RGB: one copy less where Pillow goes on with it."""
+    if isinstance(content, str | os.PathLike):
+        content = read_bytes(content, name=name)
+    with sample_errors(name):
+        image = open_checked(content, name, channels, max_pixels)
+        image.load()  # before EXIF: Pillow turns a TIFF while loading, and then drops the tag
+        orientation = orientation_of(image) if exif_orientation else 1
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(_to_8_bit(np.asarray(image), name))
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+        return to_channels(image, channels)
+
+
+@contextmanager
+def sample_errors(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside, with this one image, becomes its SampleError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata; the table above decides
-            return _from_image(content, name, channels, exif_orientation, max_pixels)
+            yield
     except SampleError:
         raise
     # A damaged file can make Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error,
@@ -151,12 +180,11 @@ def _from_array(pixels: NDArray[Any], name: str, channels: int) -> NDArray[np.ui
     if mode is None or channels not in (1, 3):
         raise SampleError(name, f"pixels have {given} channels, but {channels} are wanted")
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if given == 1 else pixels))
-    return _to_channels(image, channels)
+    return as_pixels(to_channels(image, channels))
 
 
-def _from_image(
-    content: bytes | Image.Image, name: str, channels: int, exif_orientation: bool, max_pixels: int
-) -> NDArray[np.uint8]:
+def open_checked(content: bytes | Image.Image, name: str, channels: int, max_pixels: int) -> Image.Image:
+    """The image, not yet decoded. Raises SampleError, or nearly anything, where its header is refused."""
     if channels not in (1, 3):
         raise SampleError(name, f"an encoded image gives 1 or 3 channels, not {channels}")
     if isinstance(content, Image.Image):
@@ -170,16 +198,11 @@ def _from_image(
         raise SampleError(name, f"{width} x {height} pixels are more than the limit of {max_pixels}")
     if not width * height:
         raise SampleError(name, "the image has no pixels")
-    image.load()  # before EXIF: Pillow turns a TIFF while loading, and then drops the tag
-    orientation = _orientation(image) if exif_orientation else 1
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_to_8_bit(np.asarray(image), name))
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return _to_channels(image, channels)
+    return image
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8 where the file is right; 1 where it says nothing readable."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # the metadata are damaged, in one of many ways; the pixels are fine
@@ -196,14 +219,20 @@ def _to_8_bit(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
     raise SampleError(name, reason)
 
 
-def _to_channels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image in mode L (1 channel) or RGB (3), what is transparent on white."""
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "RGB" if channels == 3 else "L"
-    pixels = np.array(image if image.mode == mode else image.convert(mode))
-    return pixels if channels == 3 else pixels[:, :, None]
+    return image if image.mode == mode else image.convert(mode)
+
+
+def as_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 [H, W, 1] of mode L, [H, W, 3] of mode RGB; a copy that may be written to."""
+    pixels = np.array(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nextblock.data.named import NAMED, Columns, NamedDataset, data_root, find, is_named, named
-from nextblock.data.named.copies import hub, parquet, saved, split_folders, usual_columns
+from nextblock.data.named.copies import hub, parquet, prepared, saved, split_folders, usual_columns
 from nextblock.data.named.dataset import Splits
 from nextblock.data.named.opening import choose_splits, find_layout, join_splits, open_splits, spelled
 from nextblock.data.selection import held_out
@@ -157,7 +157,7 @@ def _require_known(spec: str) -> None:
 
 def _find_path(path: Path, columns: Columns) -> _Found:
     name = path.resolve().name
-    for layout in (parquet, saved, split_folders) if path.is_dir() else ():
+    for layout in (prepared, parquet, saved, split_folders) if path.is_dir() else ():
         splits = layout(path, columns)
         if len(splits) == 1 and not spelled("train", splits):
             return _Found(name, whole=next(iter(splits.values()))())

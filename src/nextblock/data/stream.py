@@ -16,8 +16,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nextblock.data.augment import CROP_UNIFORMS, CropConfig, crop_box, random_resized_crop
+from nextblock.data.augment import CROP_UNIFORMS, Box, CropConfig, crop_box
 from nextblock.data.decode import decode
+from nextblock.data.decoders import PILLOW, chosen_decoder, decode_crop
 from nextblock.data.erasing import ERASE_UNIFORMS, NOTHING, erase_box
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.randaugment import RandAugment
@@ -106,7 +107,10 @@ class TrainingStream:
 
     randaugment: what is changed after cropping, filled with the preprocessing's mean where it names no colour.
     erasing: the probability of a box to be erased; see `erasing.prepare`, which does it.
-    Raises ConfigError when `randaugment` does not take so many channels or `erasing` is no probability.
+    decoder: who makes crops of files, see `decoders`; "auto" is resolved here. Part of what the stream is: a run that
+    goes on must give the one it began with, which `stream.decoder` names.
+    Raises ConfigError when `randaugment` does not take so many channels, `erasing` is no probability or the decoder is
+    not there.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class TrainingStream:
         preprocessing: Preprocessing,
         randaugment: RandAugment | None = None,
         erasing: float = 0.0,
+        decoder: str = PILLOW,
     ) -> None:
         if not 0 <= erasing <= 1:
             raise ConfigError(f"erasing must be a probability from 0 to 1, got {erasing}")
@@ -126,6 +131,7 @@ class TrainingStream:
         self.preprocessing = preprocessing
         self.randaugment = None if randaugment is None else randaugment.filled(preprocessing.mean or ())
         self.erasing = erasing
+        self.decoder = chosen_decoder(decoder)
 
     def load(self, positions: Sequence[int]) -> Batch:
         """The samples at `positions` [B], in that order.
@@ -142,9 +148,8 @@ class TrainingStream:
         labels = np.full(len(where), -1, dtype=np.int64)
         bad: list[BadSample] = []
         for row, position in enumerate(where.tolist()):
-            pixels, label, indices[row] = self._sample(position, int(indices[row]), bad)
-            box = crop_box(pixels.shape[0], pixels.shape[1], self.crop, draws[row, :CROP_UNIFORMS])
-            images[row] = random_resized_crop(pixels, box, self.crop.size_px)
+            u = draws[row, :CROP_UNIFORMS]
+            images[row], label, indices[row] = self._sample(position, int(indices[row]), u, bad)
             labels[row] = -1 if label is None else label
         self._augment(images, flip, where)
         return Batch(
@@ -178,12 +183,14 @@ class TrainingStream:
         noise = hashed(self.seed, "erase noise", where).view(np.int64)
         return {"erase": torch.from_numpy(boxes.reshape(-1, len(NOTHING))), "noise": torch.from_numpy(noise)}
 
-    def _sample(self, position: int, index: int, bad: list[BadSample]) -> tuple[NDArray[np.uint8], int | None, int]:
-        """Pixels [H, W, C], label and index of the first readable sample for `position`."""
+    def _sample(
+        self, position: int, index: int, u: NDArray[np.float64], bad: list[BadSample]
+    ) -> tuple[NDArray[np.uint8], int | None, int]:
+        """Crop [*size_px, C], label and index of the first readable sample for `position`; `u` draws the box."""
         for attempt in range(ATTEMPTS):
             try:
-                pixels, label = load_sample(self.source, index, self.preprocessing)
-                return pixels, label, index
+                crop, label = self._crop_of(index, u)
+                return crop, label, index
             except SampleError as error:
                 last = error
                 bad.append(BadSample(error.name, error.reason, position))
@@ -192,6 +199,24 @@ class TrainingStream:
         raise DataError(
             f"{ATTEMPTS} samples in a row could not be read, the last one {last}. Are these images?"
         ) from last
+
+    def _crop_of(self, index: int, u: NDArray[np.float64]) -> tuple[NDArray[np.uint8], int | None]:
+        """Crop [*size_px, C] and label of one sample. Raises SampleError when it is broken."""
+
+        def box_of(height: int, width: int) -> Box:
+            return crop_box(height, width, self.crop, u)
+
+        sample = self.source[index]
+        crop = decode_crop(
+            sample.content,
+            self.source.name(index),
+            box_of,
+            self.crop.size_px,
+            decoder=self.decoder,
+            channels=self.preprocessing.channels,
+            exif_orientation=self.preprocessing.exif_orientation,
+        )
+        return crop, sample.label
 
 
 def load_sample(source: Source, index: int, preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], int | None]:

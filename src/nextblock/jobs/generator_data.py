@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from nextblock.data.decoders import chosen_decoder
 from nextblock.data.latents import LatentCache, LatentStream, is_latent_cache, latents_of, open_latents
 from nextblock.data.preprocess import normalize
 from nextblock.data.sources import Source, explain_change, known_labels, renumbered, write_manifest
@@ -104,7 +105,10 @@ class PixelData:
         self.source = source
         self.classes = _checked_classes(model, known_labels(source), classes_of(source), source.description)
         self.preprocessing = data.preprocessing(model.latent, model.latent_channels)
-        self.stream = TrainingStream(source, config.training.seed, data.crop(model.latent), self.preprocessing)
+        self.stream = TrainingStream(
+            source, config.training.seed, data.crop(model.latent), self.preprocessing,
+            decoder=chosen_decoder(data.decoder),
+        )  # fmt: skip
         self.vae = Pixels(model.latent_channels).identity()
         self.description = source.description
 

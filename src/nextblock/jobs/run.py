@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from nextblock.checkpoints.pretrained import save_pretrained
+from nextblock.data.decoders import chosen_decoder
 from nextblock.data.preprocess import normalize
 from nextblock.data.sources import Source, explain_change, write_manifest
 from nextblock.data.stream import Batch, TrainingStream
@@ -47,7 +48,9 @@ class Run(TrainingRun):
         self.in_memory = "train" in objects
         self.preprocessing = config.data.preprocessing(config.model)
         crop = config.data.crop(config.model)
-        self.stream = TrainingStream(self.source, config.training.seed, crop, self.preprocessing)
+        self.stream = TrainingStream(
+            self.source, config.training.seed, crop, self.preprocessing, decoder=chosen_decoder(config.data.decoder)
+        )
         self.plan = Plan(len(self.source), config.training, fabric.global_rank, fabric.world_size)
         torch.manual_seed(key(config.training.seed, "initial weights") >> 1)
         self.model = XTRA(config.model)

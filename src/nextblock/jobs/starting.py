@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nextblock.data.decoders import chosen_decoder
 from nextblock.errors import ConfigError
 from nextblock.recipes.config import Kind, differences, merge, to_values, typed_as
 from nextblock.training.launch import Fabric
@@ -78,12 +79,16 @@ def new_folder(fabric: Fabric, out: str | Path | None, name: str) -> Path:
 
 
 def absolute(config: Any) -> Any:
-    """With local paths as seen from anywhere, so that a run can be resumed from another folder."""
+    """With local paths as seen from anywhere, so that a run can be resumed from another folder, and with the decoder
+    that is meant on this machine."""
 
     def everywhere(path: str | None) -> str | None:
         return path if path is None or path.startswith("hf:") else os.path.abspath(os.path.expanduser(path))
 
-    data = dataclasses.replace(config.data, train=everywhere(config.data.train), val=everywhere(config.data.val))
+    data = dataclasses.replace(
+        config.data, train=everywhere(config.data.train), val=everywhere(config.data.val),
+        decoder=chosen_decoder(config.data.decoder),
+    )  # fmt: skip
     changed: dict[str, Any] = {"data": data}
     vae = getattr(config.watch, "vae", None)
     if vae is not None and os.path.exists(os.path.expanduser(vae)):  # otherwise a name on the hub

@@ -40,7 +40,8 @@ COLUMNS = (
     "step", "samples", "epoch", "loss", "lr", "grad_norm", "images_per_s", "skipped", "bad_samples",
     "val_loss", "knn", "effective_rank",
 )  # fmt: skip
-_PACKAGES = ("nextblock", "torch", "lightning", "numpy", "pillow", "datasets", "safetensors", "scikit-learn")
+_PACKAGES = ("nextblock", "torch", "lightning", "numpy", "pillow", "datasets", "safetensors", "scikit-learn",
+             "simplejpeg")  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nextblock.data.named.dataset import Columns, Splits
+from nextblock.data.prepared import is_prepared, open_prepared
 from nextblock.data.selection import held_out
 from nextblock.data.sources import Source
 from nextblock.data.sources.folder import open_folder
@@ -45,6 +46,12 @@ def parquet(folder: Path, columns: Columns) -> Splits:
     """
     title = folder.resolve().name
     return {split: partial(_table, files, f"{title}/{split}", columns) for split, files in _shards(folder).items()}
+
+
+def prepared(folder: Path, columns: Columns) -> Splits:
+    """Folders of a split's name with shards that `nextblock prepare` wrote."""
+    inside = [path for path in _folders(folder) if path.name in SPLIT_WORDS and is_prepared(path)]
+    return {path.name: partial(open_prepared, path) for path in inside}
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from nextblock.data.named import arrays, copies, lists, wilds
 from nextblock.data.named.dataset import LR7, LR9, LR10, Layout, NamedDataset
 
-_COPIES: tuple[Layout, ...] = (copies.parquet, copies.saved, copies.split_folders)
+_COPIES: tuple[Layout, ...] = (copies.prepared, copies.parquet, copies.saved, copies.split_folders)
 _ANY_COPY = "Copies as Parquet files named by split, or as train/CLASS/... and {}/CLASS/..., open as well."
 
 _ROWS = (

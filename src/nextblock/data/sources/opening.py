@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 
+from nextblock.data import prepared
 from nextblock.data.decode import EXTENSIONS
 from nextblock.data.sources import table
 from nextblock.data.sources.folder import open_files, open_folder
@@ -33,6 +34,7 @@ def open_source(
             sub-folders that are all named train, validation, val or test are splits),
             one image file, or a list of image files and folders,
             a Parquet file, a glob of them, or a folder holding them,
+            a folder made by `nextblock prepare`,
             a folder made by `save_to_disk` of `datasets`,
             `hf:NAME`, `hf:NAME@SPLIT`, `hf:NAME:CONFIG@SPLIT` for a data set on the Hugging Face hub,
             a `datasets.Dataset` or `DatasetDict`,
@@ -82,6 +84,8 @@ def _open_path(path: str, split: str, image_column: str, label_column: str | Non
     else:
         _require_path(path)
     if os.path.isdir(path):
+        if prepared.is_prepared(path):
+            return prepared.open_prepared(path)
         if os.path.exists(f"{path}/dataset_dict.json") or os.path.exists(f"{path}/state.json"):
             return table.open_saved(path, split, image_column, label_column)
         # `data/` is where the hub keeps Parquet files
@@ -103,7 +107,7 @@ def _open_folder(path: str, split: str) -> Source:
     folders = [] if has_images else [entry for entry in entries if os.path.isdir(os.path.join(path, entry))]
     if TRAIN in folders and set(folders) <= {TRAIN, *HELD_OUT}:
         path = os.path.join(path, pick_split(split, folders, path))
-    return open_folder(path)
+    return prepared.open_prepared(path) if prepared.is_prepared(path) else open_folder(path)
 
 
 def _require_path(path: str) -> None:

@@ -21,6 +21,9 @@ if not sys.stderr.isatty():
     datasets.disable_progress_bars()  # a log file wants no thousand lines of bar
 
 _OPENING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError)
+# Of the Arrow file that `datasets` makes of Parquet: at most, and no more than the row group has. Its default of 1,000
+# makes ten thousand batches of ten million rows, which cost seconds and hundreds of megabytes at each opening.
+_ROWS_A_BATCH = 1_000_000
 _SPLIT_IN_NAME = re.compile(rf"^(?:(\w+)-\d{{5}}-of-\d{{5}}|({'|'.join((TRAIN, *HELD_OUT))})(?:[-_.].*)?)\.parquet$")
 
 
@@ -121,13 +124,23 @@ def _labels(
         if column is None:
             return None, None  # nobody asked for it
         raise DataError(f"label column '{name}' of {title} is {feature}; integers or strings are needed")
-    values = dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist()
-    classes = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    # In Arrow and NumPy all the way: ten million Python objects would take seconds and most of a gigabyte.
+    values: Any = dataset.select_columns([name]).with_format("arrow")[:][name]
     if "string" in dtype:
-        classes = tuple(sorted({value for value in values if value is not None}))
-        numbers = {value: number for number, value in enumerate(classes)}
-        values = [numbers.get(value) for value in values]
-    return classes, np.array([-1 if value is None else value for value in values], dtype=np.int64)
+        return _numbered(values)
+    classes = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return classes, np.require(values.cast("int64").fill_null(-1).to_numpy(), requirements="W")
+
+
+def _numbered(column: Any) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The sorted names in a column of strings, and for each row the number of its name; -1 where there is none."""
+    encoded = column.dictionary_encode().unify_dictionaries()
+    names = encoded.chunk(0).dictionary.to_pylist()
+    classes = tuple(sorted(names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    number_of = np.array([*(numbers[name] for name in names), -1], dtype=np.int64)
+    rows = [chunk.indices.fill_null(len(names)).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
+    return classes, number_of[np.concatenate(rows)]
 
 
 def open_parquet(
@@ -147,7 +160,9 @@ def open_parquet(
     elif splits:
         (chosen,) = splits.values()
     try:
-        dataset = datasets.load_dataset("parquet", data_files={"train": chosen}, split="train")
+        dataset = datasets.load_dataset(
+            "parquet", data_files={"train": chosen}, split="train", writer_batch_size=_ROWS_A_BATCH
+        )
     except _OPENING_ERRORS as error:
         raise DataError(f"cannot read the Parquet files of {title}: {_first_line(error)}") from error
     return TableSource(dataset, title, image_column, label_column, chosen)

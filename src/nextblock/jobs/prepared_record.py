@@ -1,0 +1,192 @@
+"""What prepared images write down when they are begun, and what must be the same when they go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import features
+from rich.console import Console
+
+from nextblock.data.prepared.about import ABOUT, About
+from nextblock.data.prepared.encoding import Encoding
+from nextblock.data.prepared.index import INDEX, map_index
+from nextblock.data.prepared.making import write_about
+from nextblock.data.prepared.shards import LARGEST_MB
+from nextblock.data.sources import Source, explain_change, write_manifest
+from nextblock.errors import ConfigError, DataError, RunError
+from nextblock.jobs import latents_record
+from nextblock.jobs.record import described, where
+from nextblock.training.run_folder import claim_folder
+
+MANIFEST = "data_manifest.txt.gz"
+_FREE = ("data", "data_root", "max_bad_fraction")  # may change when preparing goes on
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the person asked for besides the encoding; arguments of `prepare`. data: None for a Python object."""
+
+    data: str | None = None
+    data_root: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = None
+    shard_mb: int = 256
+    max_bad_fraction: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shard_mb <= LARGEST_MB:
+            raise ConfigError(f"shard_mb must lie between 1 and {LARGEST_MB}; got {self.shard_mb!r}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction must lie between 0 and 1; got {self.max_bad_fraction!r}.")
+
+    @classmethod
+    def of(cls, data: Any, data_root: str | Path | None, **more: Any) -> Asked:
+        """With paths as they are seen from any folder."""
+        place = where(data, None, data_root)
+        return cls(data=place["dataset"], data_root=place["data_root"], **more)
+
+
+def open_images(asked: Asked, data: Any) -> Source:
+    """The images as a source: what `asked` names, else the Python object `data`."""
+    of_images = ("data_root", "split", "image_column", "label_column")
+    named = latents_record.Asked(dataset=asked.data, **{name: getattr(asked, name) for name in of_images})
+    return latents_record.open_images(named, data)
+
+
+def require_same_settings(folder: Path, begun: About, asked: Asked, encoding: Encoding) -> None:
+    """Raise ConfigError, naming them, for settings that are not those that `folder` was begun with."""
+    old = begun.asked | dataclasses.asdict(begun.encoding)
+    new = dataclasses.asdict(asked) | dataclasses.asdict(encoding)
+    changed = [
+        f"{name} was {old.get(name)}, now {value}"
+        for name, value in new.items()
+        if name not in _FREE and old.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"the prepared images {folder} were begun with other settings: {'; '.join(changed)}. Ask for what they "
+            "were begun with, or choose another --out."
+        )
+
+
+def begin(folder: Path, asked: Asked, encoding: Encoding, source: Source) -> About:
+    """Claim the folder and write down what is made. Raises RunError when something else is in it."""
+    for left_over in (".writable", f".{ABOUT}.partial"):  # of a start that was killed
+        (folder / left_over).unlink(missing_ok=True)
+    claim_folder(folder, "Choose another --out.")
+    about = About(
+        encoding=encoding,
+        shard_mb=asked.shard_mb,
+        data=_described(source),
+        classes=None if source.classes is None else list(source.classes),
+        asked=dataclasses.asdict(asked),
+        options=_options(asked, encoding),
+        made_with=versions(),
+    )
+    write_about(folder, about)
+    _write_manifest(folder, source)
+    return about
+
+
+def go_on(folder: Path, begun: About, asked: Asked, source: Source, console: Console) -> About:
+    """What is there, less what is damaged. Raises RunError when the images are not the same."""
+    _require_same_images(folder, begun, source)
+    _tell_versions(begun, console)
+    whole = {number: record for number, record in begun.shards.items() if _is_whole(folder, record, console)}
+    console.print(
+        f"{len(whole)} of {len(begun.cuts)} shards of {folder} are whole", highlight=False, markup=False, soft_wrap=True
+    )
+    for left_over in folder.glob(".*.partial"):
+        left_over.unlink(missing_ok=True)
+    _write_manifest(folder, source)
+    about = dataclasses.replace(begun, asked=dataclasses.asdict(asked))
+    if len(whole) < len(begun.shards) or not _has_index(folder, begun, console):
+        about = about.with_shards(whole)
+        write_about(folder, about)  # what is damaged must not look finished while it is made anew
+    return about
+
+
+def _options(asked: Asked, encoding: Encoding) -> tuple[str, ...]:
+    """Of the command, where they are not the usual ones."""
+    given = dataclasses.asdict(asked) | dataclasses.asdict(encoding)
+    usual = dataclasses.asdict(Asked()) | dataclasses.asdict(Encoding())
+    return tuple(f"--{name}={value}" for name, value in given.items() if name != "data" and value != usual[name])
+
+
+def versions() -> dict[str, str]:
+    """Of what shapes the bytes of a JPEG."""
+    codec = features.version("libjpeg_turbo") or features.version("jpg")
+    found = {"nextblock": version("nextblock"), "pillow": version("pillow"), "libjpeg": codec or "unknown"}
+    return {name: str(value) for name, value in found.items()}
+
+
+def _tell_versions(begun: About, console: Console) -> None:
+    now = versions()
+    changed = [name for name in ("pillow", "libjpeg") if begun.made_with.get(name) != now[name]]
+    told = ", ".join(f"{name} {begun.made_with.get(name)}, now {now[name]}" for name in changed)
+    if changed and begun.index is None:
+        console.print(
+            f"begun with {told}: images that are still to be made may differ by rounding from what these would give",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _is_whole(folder: Path, record: Any, console: Console) -> bool:
+    try:
+        record.require_whole(folder)
+    except DataError:
+        console.print(f"{record.file} is damaged or missing, and made anew", highlight=False, markup=False)
+        return False
+    return True
+
+
+def _has_index(folder: Path, begun: About, console: Console) -> bool:
+    """True also where there is none yet."""
+    try:
+        if begun.index is not None:
+            map_index(folder, begun.index)
+    except DataError:
+        console.print(f"{INDEX} is damaged or missing, and made anew", highlight=False, markup=False)
+        return False
+    return True
+
+
+def _require_same_images(folder: Path, begun: About, source: Source) -> None:
+    now = _described(source)
+    if all(begun.data[name] == now[name] for name in ("sha256", "order_sha256")):
+        return
+    manifest = folder / MANIFEST
+    if begun.data["sha256"] == now["sha256"]:
+        change = "another order, or other labels or class names"
+    else:
+        change = explain_change(manifest, source) if manifest.is_file() else f"{now['count']} images"
+    raise RunError(
+        f"the images are not those that {folder} was begun on: {change}. Bring them back, or choose another --out."
+    )
+
+
+def _described(source: Source) -> dict[str, Any]:
+    """The images' names and sizes, and what the shards depend on besides: order, labels, class names."""
+    order = hashlib.sha256(repr(source.classes).encode(errors="surrogateescape"))
+    for index in range(len(source)):
+        order.update(os.fsencode(source.name(index)) + b"\0")
+    labels = source.labels()
+    if labels is not None:
+        order.update(np.asarray(labels).astype("<i8").tobytes())
+    return described(source) | {"order_sha256": order.hexdigest()}
+
+
+def _write_manifest(folder: Path, source: Source) -> None:
+    if (folder / MANIFEST).is_file():
+        return
+    beside = folder / f".{MANIFEST}.partial"
+    write_manifest(source, beside)
+    beside.replace(folder / MANIFEST)
