@@ -1,18 +1,25 @@
 # make demo   see it work, four to five minutes
 # make test   everything that guards the project
+# make bench  speed beside the plain path, on the CPU (about 15 minutes); make bench-gpu: on a GPU
 # make check  lint, types and import floors only
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check install clean
+.PHONY: demo test bench bench-gpu check install clean
 
 demo: $(INSTALLED)
 	$(BIN)/nextblock demo
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench --device cpu
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench --device cuda
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

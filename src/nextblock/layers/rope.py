@@ -32,5 +32,17 @@ def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn queries or keys [..., N, D]: (a, b) -> (a cos - b sin, b cos + a sin) for every pair of numbers."""
+    if _pairs_are_complex(x):  # one pass over the numbers instead of four; a compiler makes one of the others too
+        turns = torch.complex(cos[..., ::2].to(x.dtype), sin[..., 1::2].to(x.dtype))
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # type: ignore[no-untyped-call]
+        return torch.view_as_real(pairs * turns).flatten(-2)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # type: ignore[no-untyped-call]
     return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+
+
+def _pairs_are_complex(x: Tensor) -> bool:
+    """Whether the pairs lie in memory as complex numbers do, on a device where that is the faster way."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    steps = (x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and all(step % 2 == 0 for step in steps)

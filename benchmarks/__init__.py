@@ -1,0 +1,1 @@
+"""What was measured: one file per table; `bench.py` runs those about speed."""

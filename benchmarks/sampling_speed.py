@@ -1,0 +1,91 @@
+"""Sampling with xAR, equal steps and solver: ours beside the plain sampler.
+
+    python -m benchmarks.sampling_speed [--device cuda] [--quick]
+
+Both denoise with Euler-Maruyama in a float64 state, guided on the published ramp; bf16 autocast on CUDA. Ours draws its
+noise from (seed, image), as `nextblock sample` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.measure import Row, Target, interleaved
+from benchmarks.reference_steps import plain_sample, plain_xar
+from nextblock.evaluation.inference import inference
+from nextblock.xar.config import XARConfig
+from nextblock.xar.model import XAR
+from nextblock.xar.sampler import sample_latents
+
+GUIDANCE = 2.7  # published for xAR-B
+QUICK = {"latent_size": 8, "latent_channels": 4, "entity_size": 4, "width": 32, "depth": 2, "num_heads": 2,
+         "num_classes": 10}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """The row, the model's sizes, and how much is sampled at once."""
+
+    row: Row
+    config: XARConfig
+    batch: int
+    steps: int
+    rounds: int
+    note: str
+
+
+def cases(device: str) -> list[Case]:
+    """The rows of a device, with their targets."""
+    if device == "cpu":
+        row = Row("xAR-S sampling", "images/s", device, (Target("plain", ">=", 1.3),))
+        return [Case(row, XARConfig.preset("xar_s"), 2, 10, 7, "4 cells of 8×8, fp32")]
+    row = Row("xAR-B sampling", "images/s", device, (Target("plain", ">=", 3.0),))
+    return [Case(row, XARConfig.preset("xar_b"), 64, 50, 3, "4 cells of 8×8, bf16")]
+
+
+def planned(device: str) -> list[Row]:
+    """The rows of a device, not measured."""
+    return [case.row for case in cases(device)]
+
+
+def rows(device: str, quick: bool = False) -> list[Row]:
+    """Measure all of them; `quick`: in sizes that say nothing, to see that it runs."""
+    return [measured(case, device, quick) for case in cases(device)]
+
+
+def measured(case: Case, device: str, quick: bool = False) -> Row:
+    """The row of one case."""
+    if quick:
+        case = replace(case, config=XARConfig(**QUICK), batch=2, steps=2, rounds=2)
+    torch.manual_seed(0)
+    model = XAR(case.config).to(device).eval()
+    plain, labels = plain_xar(model).eval(), (torch.arange(case.batch) % model.config.num_classes).to(device)
+
+    def ours() -> None:
+        with inference(model):
+            sample_latents(model, labels, steps=case.steps, guidance=GUIDANCE)
+
+    def other() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            plain_sample(plain, labels, steps=case.steps, guidance=GUIDANCE)
+
+    timed = interleaved({"ours": ours, "plain": other}, rounds=case.rounds, warmup=1, device=device)
+    note = f"batch {case.batch}, {case.steps} steps, guidance {GUIDANCE}; {case.note}"
+    return replace(timed.row(case.row, dict.fromkeys(("ours", "plain"), float(case.batch))), note=note)
+
+
+def main() -> None:
+    from benchmarks.bench import print_rows
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    print_rows([row.to_dict() for row in rows(options.device, options.quick)])
+
+
+if __name__ == "__main__":
+    main()
