@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nextblock as nb
+from nextblock.errors import NextblockError
 
 
 class Segmenter(nn.Module):
@@ -77,4 +78,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (NextblockError, ValueError) as error:
+        raise SystemExit(f"dense_features: {error}") from None

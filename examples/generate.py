@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import nextblock as nb
+from nextblock.errors import NextblockError
 from nextblock.vae import Pixels
 
 
@@ -64,4 +65,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (NextblockError, ValueError) as error:
+        raise SystemExit(f"generate: {error}") from None

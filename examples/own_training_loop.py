@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import nextblock as nb
+from nextblock.errors import NextblockError
 
 
 def encoder_and_preprocessing(weights: str | None) -> tuple[nb.Encoder, nb.Preprocessing]:
@@ -67,4 +68,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (NextblockError, ValueError) as error:
+        raise SystemExit(f"own_training_loop: {error}") from None

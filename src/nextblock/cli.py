@@ -175,7 +175,9 @@ def _parser(verb: str, job: Callable[..., Any], sections: dict[str, type]) -> Ar
     for name in optional:
         parser.add_argument(name, type=str, metavar=name.upper(), nargs="?", help=_told_of(job, name))
     for name in lists:
-        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help="one number or several")
+        parser.add_argument(
+            f"--{name}", type=int, nargs="+", metavar="N", help=_told_of(job, name) or "one number or several"
+        )
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
         for action in parser._actions:

@@ -139,6 +139,11 @@ def test_damage_and_strangers_are_told(tmp_path: Path) -> None:
         path = folder(name)
         _changed(path, config=TINY.to_dict() | bomb)
         assert any(what in told(path) for what in ("too few for the sizes", "positions; more than"))
+    for name, change in {"heads": {"num_heads": 4}, "cells": {"cell_size": 4, "image_size_px": [16, 16]}}.items():
+        silent = folder(name)
+        _changed(silent, config=TINY.to_dict() | change)
+        if name == "heads":  # the weights fit, and the features would be others
+            assert "config.json was changed since it was written" in told(silent)
     odd = folder("odd")
     _changed(odd, model_type="xtro")
     assert "Did you mean 'xtra'" in told(odd)

@@ -81,7 +81,7 @@ def test_noise_as_an_image_is_the_same_as_entity_major(model: XAR, golden: dict[
 
 def test_a_file_of_other_sizes_is_refused_with_the_lists() -> None:
     other = XARConfig.from_dict(CONFIG.to_dict() | {"depth": 6})
-    with pytest.raises(CheckpointError, match=r"missing \(24\): layers\.2"):
+    with pytest.raises(CheckpointError, match=r"missing \(24\): encoder_blocks\.2"):
         load_official_xar(DATA / "xar_cell8.pth", other)
     with pytest.raises(ConfigError, match="cells"):
         load_official_xar(DATA / "xar_cell8.pth", XARConfig.from_dict(CONFIG.to_dict() | {"ordering": "scales"}))

@@ -272,7 +272,7 @@ def test_what_cannot_be_known_is_asked_for(tmp_path: Path) -> None:
     tensors["enc.extra"] = tensors.pop("enc.norm.bias")
     torch.save({"state_dict": tensors}, tmp_path / "wrong.ckpt")
     message = told(file=tmp_path / "wrong.ckpt", **heads)
-    assert "missing (1): encoder.norm.bias" in message
+    assert "missing (1): enc.norm.bias" in message
     assert "unexpected (1): enc.extra" in message
     assert "classes; --classes names 2" in told(file=DATA / "xar_cell8.pth", classes=["a", "b"])
     assert "No such file" in told(file=DATA / "xar_cell8.pth", classes="nowhere.txt")

@@ -26,7 +26,7 @@ from nextblock.jobs.visualize_settings import checked_settings
 def made(run: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Visualized:
     out = tmp_path_factory.mktemp("visualize") / "new" / "page"
     return visualize(
-        run=run, images=str(images), out=out, count=2, layers=[0, 1], heads=[1], tokens="1,2",
+        run=run, images=str(images), out=out, count=2, layers=[1, 2], heads=[1], tokens="1,2",
         among=str(images), neighbours=3, workers=0, quiet=True,
     )  # fmt: skip
 
@@ -35,7 +35,7 @@ def test_everything_is_there(made: Visualized) -> None:
     assert made.names == ["left/000.png", "top/000.png"]
     assert {picture.name for picture in made.pictures} == {
         "ordering.png", "features.png", "cell-sizes.png", "cell-sizes-changes.png", "neighbours.png",
-        "attention-00-layer-0.png", "attention-00-layer-1.png", "attention-01-layer-0.png", "attention-01-layer-1.png",
+        "attention-00-layer-1.png", "attention-00-layer-2.png", "attention-01-layer-1.png", "attention-01-layer-2.png",
     }  # fmt: skip
     kept = {path.name for path in made.folder.iterdir()}
     assert kept == {"index.html", "colours.npz", "visualize.json", *(path.name for path in made.pictures)}
@@ -180,7 +180,7 @@ WRONG = {
     "no patch 4,0: the grid has rows 0 to 3": {"tokens": "0,0 4,0"},
     "as in --tokens '3,4 7,7'; got '3'": {"tokens": "3"},
     "takes 1 to 12 patches": {"tokens": ""},
-    "no layer 2: the encoder has 2, numbered from 0 to 1": {"layers": [0, 2]},
+    "no layer 3: the encoder has 2, numbered from 1": {"layers": [1, 3]},
     "no head 2": {"heads": [2]},
     r"--last_layers must be between 1 and the depth \(2\); got 3": {"last_layers": 3},
     "--count must be at least 1": {"count": 0},
@@ -226,7 +226,7 @@ def test_files_and_folders_that_will_not_do(run: Path, images: Path, tmp_path: P
 
 def test_another_size_and_the_shell(run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    args = [str(run), str(images / "top"), "--count", "1", "--image_size_px", "24", "--layers", "0", "1"]
+    args = [str(run), str(images / "top"), "--count", "1", "--image_size_px", "24", "--layers", "1", "2"]
     assert _call("visualize", visualize, {}, {}, [*args, "--tokens", "5,5 0,3", "--heads", "1", "--quiet"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("visualize-")

@@ -43,7 +43,8 @@ If you trust its author, re-save its tensors on a machine you can throw away, fo
     import torch
     from safetensors.torch import save_file
     found = torch.load({name!r}, map_location="cpu", weights_only=False)
-    found = found.state_dict() if hasattr(found, "state_dict") else found.get({wrapper!r}, found)
+    found = found.state_dict() if hasattr(found, "state_dict") else found
+    found = next((found[name] for name in {wrappers!r} if name in found), found)
     save_file({{k: v.clone().contiguous() for k, v in found.items() if isinstance(v, torch.Tensor)}}, "new.safetensors")
 Then give new.safetensors here."""
 _LOADING = threading.Lock()
@@ -114,7 +115,7 @@ def read_file(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[Any,
         return _safetensors(path)
     if kind == "zip":
         _check_archive(path)
-    advice = _RESAVE.format(name=str(path), wrapper=(*wrappers, "state_dict")[0])
+    advice = _RESAVE.format(name=str(path), wrappers=(*wrappers, *(w for w in WRAPPERS if w not in wrappers)))
     try:
         if file_unfolds(path):
             raise TooMuch("lists that hold themselves, or that unfold to far more than the file")

@@ -88,9 +88,9 @@ def load_by_table(
                 wanted = tuple(expected[ours].shape)
                 misshaped.append(f"{name} {tuple(tensor.shape)}, expected {wanted} as {ours}")
             found[ours] = tensor if changed is None else changed
-    missing = [name for name in expected if name not in found]
+    missing = [their_name(table, name) for name in expected if name not in found]
     if missing or unexpected or misshaped:
-        raise mismatch(f"{where} does not fit this {type(config).__name__}.", missing, unexpected, misshaped)
+        raise mismatch(f"{where} does not fit a model of these sizes.", missing, unexpected, misshaped)
     model.load_state_dict(found)
     return dropped
 
@@ -101,6 +101,15 @@ def _changed(change: Change | None, tensor: Tensor, config: Any) -> Tensor | Non
         return change(tensor, config) if change else tensor
     except Exception:  # of einops or torch, for a shape that cannot be
         return None
+
+
+def their_name(table: Table, ours: str) -> str:
+    """Their name for one of ours; ours where no row makes it."""
+    for row in table:
+        holes = None if row.ours is None else _filled(row.ours, ours)
+        if holes is not None:
+            return row.theirs.format(**holes)
+    return ours
 
 
 def foreign_tensors(tensors: Mapping[str, Tensor], table: Table, config: Any) -> dict[str, Tensor]:

@@ -29,7 +29,17 @@ from nextblock.xtra.model import XTRA, Encoder
 FORMAT = 1  # raised when an older version of the package could no longer read the folder
 _TRANSFORMERS = {"image_processor_type", "auto_map"}
 # what load_pretrained's config.json holds beside `about`
-_OURS = {"format", "nextblock", "sha256", "model_type", "config", "head", "classes", *custom_code.IN_CONFIG}
+_OURS = {
+    "format",
+    "nextblock",
+    "sha256",
+    "config_sha256",
+    "model_type",
+    "config",
+    "head",
+    "classes",
+    *custom_code.IN_CONFIG,
+}
 # what wrong values in the files raise; RuntimeError: sizes for which there is no memory
 _UNREADABLE = (ValueError, RecursionError, SafetensorError, ConfigError, KeyError, TypeError, AttributeError,
                RuntimeError, MemoryError, ArithmeticError)  # fmt: skip
@@ -83,8 +93,10 @@ def _write(
         about = {name: value for name, value in about.items() if name not in _ORIGIN}
     elif "origin" in about:
         about["origin_sha256"] = digest
-    told = {"format": FORMAT, "nextblock": __version__, "sha256": digest}
     described = describe(model)
+    told = {
+        "format": FORMAT, "nextblock": __version__, "sha256": digest, "config_sha256": _sha256_of_sizes(described),
+    }  # fmt: skip
     for_others = custom_code.for_transformers(described["model_type"])
     if for_others:
         (folder / custom_code.FILE).write_text(custom_code.code())
@@ -131,6 +143,11 @@ def load_pretrained(folder: Path) -> tuple[Model, dict[str, Any]]:
         _require_possible(about, tensors, folder)
         model = make(about, folder)
         load_weights(model, tensors, str(folder))
+        if about.get("config_sha256", wanted := _sha256_of_sizes(about)) != wanted:
+            raise CheckpointError(
+                f"{folder}/config.json was changed since it was written. Its sizes fit the weights, but what the "
+                f"weights do not show (heads, cells, ...) may be wrong. Copy or download the folder again."
+            )
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a weights folder: {Path(error.filename).name} is missing.") from error
     except CheckpointError:
@@ -165,13 +182,18 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a weights folder: no readable config.json ({error}).") from error
     if not isinstance(about, dict):
         raise CheckpointError(f"{folder} is not a weights folder: config.json holds no table of names and values.")
-    form = about.get("format", FORMAT)
+    require_format(about, folder)
+    return about
+
+
+def require_format(about: Mapping[str, Any], folder: object) -> None:
+    """Raise CheckpointError for what a newer version of the package wrote."""
+    form = FORMAT if about.get("format") is None else about["format"]
     if not isinstance(form, int) or form > FORMAT:
         raise CheckpointError(
             f"{folder} was written by a newer nextblock ({about.get('nextblock')}, format {form}); this is "
             f"{__version__}, which reads format {FORMAT}. Upgrade: pip install --upgrade nextblock."
         )
-    return about
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
@@ -273,6 +295,12 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     if missing or extra or shapes:
         raise mismatch(f"The weights of {where} belong to another configuration.", missing, extra, shapes)
     model.load_state_dict(dict(tensors))
+
+
+def _sha256_of_sizes(about: Mapping[str, Any]) -> str:
+    """Of what config.json says of the model itself, however it is written down."""
+    sizes = {name: about[name] for name in ("model_type", "config", "head") if name in about}
+    return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

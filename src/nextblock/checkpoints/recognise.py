@@ -167,6 +167,11 @@ def official_file(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_dir():
         return path
+    if (path / "config.json").is_file() or (path / "exported").is_dir():
+        raise CheckpointError(
+            f"{path} is a weights folder or a run already. Open it as it is; --to_official makes an official file of "
+            f"it."
+        )
     inside = next((p for p in (path / _DEEPSPEED, path / "checkpoint" / _DEEPSPEED) if p.is_file()), None)
     if inside is None:
         raise CheckpointError(f"{path} is a folder without {_DEEPSPEED}, which DeepSpeed writes. Name the file itself.")

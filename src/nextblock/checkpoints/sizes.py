@@ -50,6 +50,11 @@ def completed(
             raise CheckpointError(f"{where} shows {name} {shown[name]}; {value} was asked for. Leave it out.")
     if preset is not None and preset not in presets:
         raise ConfigError(f"No preset '{preset}'. Presets: {', '.join(presets)}.{nearest(preset, presets)}")
+    if preset is not None:
+        wrong = [f"{field} {shown[field]} there, {presets[preset][field]} in the preset"
+                 for field in ("width", "depth") if shown[field] != presets[preset][field]]  # fmt: skip
+        if wrong:
+            raise CheckpointError(f"{where} is not of preset {preset}: {'; '.join(wrong)}.")
     values, origin = {**(published or {}), **shown, **given}, dict.fromkeys(published or {}, PUBLISHED)
     origin |= dict.fromkeys(shown, FROM_FILE)
     origin |= {name: FROM_YOU for name in given if name not in shown}

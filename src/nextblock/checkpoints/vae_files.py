@@ -59,6 +59,11 @@ def _open_folder(path: Path) -> Autoencoder:
         raise CheckpointError(
             f"{path} is not a folder of diffusers' {_CLASS}: it has no readable config.json."
         ) from error
+    if "model_type" in config:
+        raise CheckpointError(
+            f"{path} holds a {config['model_type']} model, not a VAE. Give the official KL-16 file, or a folder or hub "
+            f"name of diffusers' {_CLASS}."
+        )
     if kind != _CLASS:
         raise CheckpointError(f"{path} holds {kind}; of diffusers' models only {_CLASS} can be used.")
     _require_whole(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from nextblock.checkpoints.pretrained import require_format
 from nextblock.errors import CheckpointError, ConfigError
 from nextblock.xtra.classifier import HeadConfig, LayerMean
 from nextblock.xtra.config import XTRAConfig
@@ -36,6 +37,7 @@ class NextblockConfig(PreTrainedConfig):
     bidirectional: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        require_format({"format": kwargs.get("format"), "nextblock": kwargs.get("nextblock")}, "the folder")
         self.config = XTRAConfig.from_dict(self.config or {}).to_dict()
         count = kwargs.get("num_labels")
         if self.id2label is None and (count is None or count == len(self.classes or ())):

@@ -145,6 +145,10 @@ def _tell(console: Console, found: Recognised, folder: Path, kind: str, vae: str
     if found.dropped:
         few = ", ".join(map(shown, found.dropped[:3])) + (", ..." if len(found.dropped) > 3 else "")
         say(f"left out, no parameters: {len(found.dropped)} tensors ({few})")
+    if "you" in found.origin.values():
+        say("what you said cannot be checked by the tensors: compare a number that you know before you trust it")
+    if kind == "xtra_classifier" and found.kind == "xtra_head":
+        say("put on the encoder that you named; that it is the one which the head was trained on cannot be checked")
     say(f"weights:  {folder}")
     if kind == "xar" and vae is None:
         say("its VAE is not known; name it when sampling: --vae KL16_FILE")

@@ -77,8 +77,10 @@ class SampleFolder:
                 return
             if self.images.is_dir() and any(self.images.glob("[0-9]*.png")):
                 if not _grows(before, record):
+                    only_fewer = all(change.startswith("n was ") for change in changed)
+                    what = "more images than are asked for" if only_fewer else "images that were made otherwise"
                     raise RunError(
-                        f"{self.path} holds images that were made otherwise: {'; '.join(changed)}. "
+                        f"{self.path} holds {what}: {'; '.join(changed)}. "
                         "Give what was given then, or choose another --out."
                     )
                 self._forget_pictures(before)

@@ -87,10 +87,11 @@ def visualize(
         final_norm: the tokens after the encoder's final norm instead.
         bidirectional: let all tokens see each other; by default the encoder keeps its block-causal mask.
         colours: the colours.npz of another page, so that the same colour means the same features in both.
-        layers: whose attention is drawn; the last one when left out.
-        heads: whose attention is drawn beside the mean of all; every one (of more than 12, 12) when left out.
-        tokens: the patches that look, rows and columns in quotes, as in '3,4 7,7'; the middle, and where heads differ
-            most, when left out.
+        layers: whose attention is drawn, counted from 1; the last one when left out.
+        heads: whose attention is drawn beside the mean of all, counted from 0; every one (of more than 12, 12) when
+            left out.
+        tokens: the patches that look, rows and columns from 0 in quotes, as in '3,4 7,7'; the middle, and where heads
+            differ most, when left out.
         among: where nearest images are looked for: images as above, or a file written by embed with the same options.
         among_images: the images that such a file was made of, to show them; else their names alone are shown.
         neighbours: so many nearest images for each.

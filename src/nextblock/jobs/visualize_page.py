@@ -127,9 +127,9 @@ def _attention(seen: Seen, folder: Path) -> Section:
     pictures = []
     for i, layers in enumerate(seen.looks):
         for layer, looks in layers.items():
-            path = folder / f"attention-{i:02d}-layer-{layer}.png"
-            draw_attention(seen.pixels[i], looks, path, f"layer {layer} · {short(seen.names[i], 60)}")
-            pictures.append(Picture(path, f"Layer {layer}, {seen.names[i]}"))
+            path = folder / f"attention-{i:02d}-layer-{layer + 1}.png"
+            draw_attention(seen.pixels[i], looks, path, f"layer {layer + 1} · {short(seen.names[i], 60)}")
+            pictures.append(Picture(path, f"Layer {layer + 1}, {seen.names[i]}"))
     return Section("Where a patch looks", words, pictures, unfolded=OPEN_ATTENTION)
 
 

@@ -50,10 +50,12 @@ def checked_settings(
         raise ConfigError(
             f"--last_layers must be between 1 and the depth ({config.depth}); got {features.last_layers}."
         )
-    chosen_layers = tuple(dict.fromkeys(layers or [config.depth - 1]))
+    for layer in layers or ():
+        if not 1 <= layer <= config.depth:
+            raise ConfigError(f"there is no layer {layer}: the encoder has {config.depth}, numbered from 1.")
+    chosen_layers = tuple(dict.fromkeys(layer - 1 for layer in layers or [config.depth]))
     few = np.linspace(0, config.num_heads - 1, min(MOST_HEADS, config.num_heads)).round().astype(int).tolist()
     chosen_heads = tuple(dict.fromkeys(heads or few))
-    require_numbers(chosen_layers, config.depth, "layer")
     require_numbers(chosen_heads, config.num_heads, "head")
     patches = None if tokens is None else _patches(tokens, ordering.grid)
     return VisualizeSettings(ordering, chosen_layers, chosen_heads, patches, features)
