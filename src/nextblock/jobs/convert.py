@@ -140,7 +140,8 @@ def _tell(console: Console, found: Recognised, folder: Path, kind: str, vae: str
         table = Table(box=None, pad_edge=False, show_header=False)
         values = _values(found.model)
         for name, origin in found.origin.items():
-            table.add_row(name, str(values.get(name, "")), f"from {origin}")
+            if name in values:
+                table.add_row(name, str(values[name]), f"from {origin}")
         console.print(table)
     if found.dropped:
         few = ", ".join(map(shown, found.dropped[:3])) + (", ..." if len(found.dropped) > 3 else "")
