@@ -88,7 +88,7 @@ def measure(device: str, names: Iterable[str], file: Path, *, quick: bool) -> li
             "seconds": round(time.perf_counter() - started, 1),
             "date": time.strftime("%Y-%m-%d"),
             "device": described(device),
-            "environment": environment(0, device),
+            "environment": environment(0, device) | {"command": ["python", "-m", "benchmarks.bench", *sys.argv[1:]]},
         }
         tables = read_tables(file) | {name: table}
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,12 @@ def draw_speed(rows: Sequence[Measured], path: str | Path, *, title: str = "") -
         if row.get("ratio_second"):
             axes.plot([row["ratio_second"]], [y], "D", color=ORANGE, markeredgecolor="white", markersize=7)
         axes.annotate(
-            f"{ratio:.3g} ×", (max(_ends(row)), y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
+            f"{ratio:.3g} ×",
+            (max(1.0, *_ends(row)), y),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
         )
     axes.axvline(1, color=FAINT, linewidth=1)
     axes.set_xlim(min(ends) / 1.15, max(ends) * 1.6)
