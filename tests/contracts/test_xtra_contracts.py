@@ -290,7 +290,7 @@ def test_an_official_checkpoint_that_does_not_fit_is_refused_with_the_lists(tmp_
     with pytest.raises(CheckpointError) as caught:
         nb.load_official_xtra(data / "xtra_base.ckpt", config)
     told = str(caught.value)
-    assert "missing (12): encoder.layers.layers.3.norm1.weight" in told
+    assert "missing (12): enc.blocks.3.norm1.weight" in told
     assert "unexpected (12): predictor.blocks.1.norm1.weight" in told
     assert "misshaped (3): aim_proj.0.mlp.0.weight (96, 128), expected (90, 128)" in told
     with pytest.raises(CheckpointError, match="No such file"):
