@@ -208,6 +208,18 @@ def test_a_refusal_names_all_the_types_and_its_lines_re_save_the_file(
     assert torch.equal(load_file(tmp_path / "new.safetensors")["w"], tied)
 
 
+def test_the_lines_look_under_every_wrapper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Callable[[type, str], Any]
+) -> None:
+    odd = foreign(_Omega, "theirs.Options")(lr=1)
+    path = saved(tmp_path / "lightning.ckpt", {"hyper_parameters": odd, "state_dict": {"w": torch.ones(3)}})
+    with pytest.raises(CheckpointError) as caught:
+        read_tensors(path, ("model_ema", "model", "state_dict", "module"))
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent("\n".join(line for line in str(caught.value).splitlines() if line.startswith("    "))), {})
+    assert sorted(read_tensors(tmp_path / "new.safetensors")) == ["w"]
+
+
 def test_the_lines_re_save_a_pickled_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "model.pth", nn.Linear(2, 3))
     with pytest.raises(CheckpointError, match=r"asks for .*torch\.nn\.modules\.linear\.Linear") as caught:

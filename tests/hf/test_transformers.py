@@ -365,6 +365,15 @@ def test_damaged_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -
         AutoModel.from_pretrained(tmp_path / "damaged")
 
 
+def test_a_folder_of_a_newer_version_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    newer = Path(shutil.copytree(folders["xtra"], tmp_path / "newer"))
+    about = json.loads((newer / "config.json").read_text())
+    about |= {"format": 99, "nextblock": "9.0", "config": about["config"] | {"new_thing": 1}}
+    (newer / "config.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"newer nextblock \(9\.0, format 99\)"):
+        AutoModel.from_pretrained(str(newer))
+
+
 def test_a_new_head_is_trained_and_kept(folders: dict[str, Path], images: Tensor, tmp_path: Path) -> None:
     names = {0: "dark", 1: "bright"}
     model, info = AutoModelForImageClassification.from_pretrained(
