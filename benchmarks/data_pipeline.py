@@ -10,7 +10,6 @@ one process on one thread, in turn, and processor time is counted, so that other
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import statistics
@@ -28,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import Row, Target, Timings
+from benchmarks.measure import Row, Target, Timings, run_alone
 from nextblock.data.augment import CROP_UNIFORMS, CropConfig, crop_box
 from nextblock.data.decode import orientation_of
 from nextblock.data.decoders import PILLOW, PILLOW_SCALED, SIMPLEJPEG, chosen_decoder, dct_scale
@@ -198,15 +197,5 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def main() -> None:
-    from benchmarks.bench import print_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    print_rows([row.to_dict() for row in rows("cpu", options.quick, options.data)])
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, rows, data=DATA)

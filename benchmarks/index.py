@@ -11,7 +11,6 @@ has of its own after reading names, labels and samples all over the index: nothi
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import subprocess
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.measure import Row, Target
+from benchmarks.measure import Row, Target, run_alone
 
 FILES, ROWS = 1_000_000, 10_000_000
 
@@ -139,13 +138,5 @@ def make_parquet(folder: Path, count: int, files: int = 10, group: int = 10_000)
                 writer.write_table(table)
 
 
-def main() -> None:
-    from benchmarks.bench import print_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    print_rows([row.to_dict() for row in rows("cpu", parser.parse_args().quick)])
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, rows)

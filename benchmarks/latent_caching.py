@@ -8,7 +8,6 @@ the way around it. Plain is: open, crop as ADM does, encode the image and its mi
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import Row, Target, interleaved
+from benchmarks.measure import Row, Target, interleaved, run_alone
 from nextblock import cache_latents
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.data.latents.crop import adm_center_crop
@@ -109,16 +108,5 @@ def write_vae(file: Path) -> Path:
     return module.write_kl16(file)
 
 
-def main() -> None:
-    from benchmarks.bench import print_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    print_rows([row.to_dict() for row in rows(options.device, options.quick, options.data)])
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, rows, devices=True, data=DATA)

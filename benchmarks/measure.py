@@ -6,12 +6,14 @@ what a benchmark hands to `bench.py`: `rows(device, quick) -> list[Row]` in a mo
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
 
@@ -174,3 +176,25 @@ def described(device: str) -> str:
         with open("/proc/cpuinfo") as lines:
             name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{torch.get_num_threads()} threads, {name}"
+
+
+def run_alone(about: str, rows: Callable[..., list[Row]], *, devices: bool = False, data: Path | None = None) -> None:
+    """A table from the shell: measure `rows` and print them.
+
+    Args:
+        about: the module's docstring.
+        rows: called with the device and whether to be quick; and with the data's folder, where `data` has one.
+        devices: it can be asked for --device; otherwise it is of the CPU.
+        data: the usual folder.
+    """
+    from benchmarks.bench import print_rows
+
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    if devices:
+        parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    if data is not None:
+        parser.add_argument("--data", type=Path, default=data)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    more = () if data is None else (options.data,)
+    print_rows([row.to_dict() for row in rows(getattr(options, "device", "cpu"), options.quick, *more)])

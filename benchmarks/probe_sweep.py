@@ -10,12 +10,11 @@ between epochs (the default of `nextblock probe` on a CPU) it does so once.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 
 import torch
 
-from benchmarks.measure import Row, Target, interleaved
+from benchmarks.measure import Row, Target, interleaved, run_alone
 from benchmarks.probe_cost import grid_step, plain_step
 from nextblock.evaluation.inference import inference
 from nextblock.evaluation.probe_config import LRS, ProbeConfig
@@ -63,15 +62,5 @@ def rows(device: str, quick: bool = False) -> list[Row]:
     return [replace(timed.row(planned(device)[0], amounts), note=note)]
 
 
-def main() -> None:
-    from benchmarks.bench import print_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    print_rows([row.to_dict() for row in rows(options.device, options.quick)])
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, rows, devices=True)

@@ -8,12 +8,11 @@ noise from (seed, image), as `nextblock sample` does.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.measure import Row, Target, interleaved
+from benchmarks.measure import Row, Target, interleaved, run_alone
 from benchmarks.reference_steps import plain_sample, plain_xar
 from nextblock.evaluation.inference import inference
 from nextblock.xar.config import XARConfig
@@ -77,15 +76,5 @@ def measured(case: Case, device: str, quick: bool = False) -> Row:
     return replace(timed.row(case.row, dict.fromkeys(("ours", "plain"), float(case.batch))), note=note)
 
 
-def main() -> None:
-    from benchmarks.bench import print_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    print_rows([row.to_dict() for row in rows(options.device, options.quick)])
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, rows, devices=True)

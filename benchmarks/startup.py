@@ -8,14 +8,13 @@ The note of the first has the seconds of a Python that does nothing.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from statistics import median
 
-from benchmarks.measure import Row, Target, quartiles
+from benchmarks.measure import Row, Target, quartiles, run_alone
 
 _IMPORT = "import time; t = time.perf_counter(); import nextblock; print(time.perf_counter() - t)"
 
@@ -60,13 +59,5 @@ def _import_time() -> float:
     return float(done.stdout)
 
 
-def main() -> None:
-    from benchmarks.bench import print_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    print_rows([row.to_dict() for row in rows("cpu", parser.parse_args().quick)])
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, rows)

@@ -12,7 +12,6 @@ that the plain model needs for one image (all tokens, forward and backward), is 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Row, Target, interleaved, matmul, peak_gib
+from benchmarks.measure import Row, Target, interleaved, matmul, peak_gib, run_alone
 from benchmarks.reference import PlainXTRA
 from benchmarks.reference_steps import Precision, Step, plain_step, plain_xar, plain_xtra
 from benchmarks.reference_xar import PlainXAR
@@ -259,15 +258,5 @@ def ours_xtra_step(
     return ours_step(model, images, config, compiled=compiled), lambda: images()[0]
 
 
-def main() -> None:
-    from benchmarks.bench import print_rows
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    print_rows([row.to_dict() for row in rows(options.device, options.quick)])
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, rows, devices=True)

@@ -241,7 +241,8 @@ def test_what_is_no_model_of_ours(server: HubServer, anyone: Client) -> None:
 def test_no_file_is_written_outside_the_cache(server: HubServer, anyone: Client, home: Path) -> None:
     """The names that the hub lists are not taken on trust, nor those that we are asked for."""
     repository = server.add("else/evil", MODEL)
-    bad = ["../../../../../escaped", "/tmp/escaped", "sub/../../../../../escaped", "..\\escaped", "config.json/../x"]
+    outside = str(home.parent / "escaped")
+    bad = ["../../../../../escaped", outside, "sub/../../../../../escaped", "..\\escaped", "config.json/../x"]
     repository.extra = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in bad]
     assert contents(anyone.value("fetch", name="else/evil")) == MODEL
     assert {path.name for path in home.parent.iterdir()} == {"home", "home.said"}

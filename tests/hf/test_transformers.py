@@ -34,7 +34,7 @@ from transformers import (
 import nextblock.hf
 from nextblock.checkpoints import hub
 from nextblock.checkpoints.custom_code import FILE
-from nextblock.checkpoints.pretrained import _sha256, load_pretrained, save_pretrained
+from nextblock.checkpoints.pretrained import file_sha256, load_pretrained, save_pretrained
 from nextblock.data.preprocess import Preprocessing
 from nextblock.errors import CheckpointError, ConfigError, SampleError
 from nextblock.xar.config import XARConfig
@@ -360,7 +360,7 @@ def test_damaged_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -
     tensors["encoder.stranger"] = tensors.pop("encoder.norm.bias")
     save_file(tensors, file)
     about = json.loads((tmp_path / "damaged" / "config.json").read_text())
-    (tmp_path / "damaged" / "config.json").write_text(json.dumps(about | {"sha256": _sha256(file)}))
+    (tmp_path / "damaged" / "config.json").write_text(json.dumps(about | {"sha256": file_sha256(file)}))
     with pytest.raises(CheckpointError, match=r"encoder\.norm\.bias"):
         AutoModel.from_pretrained(tmp_path / "damaged")
 

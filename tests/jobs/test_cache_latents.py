@@ -402,5 +402,5 @@ def test_a_full_disk_is_told_before_the_work(
 ) -> None:
     usage = namedtuple("usage", "total used free")(100, 90, 10)
     monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RunError, match="GiB left"):
+    with pytest.raises(RunError, match=r"need 0\.0 MiB.* has 0\.0 MiB left"):
         cache_latents(**asked, out=tmp_path / "cache")

@@ -25,8 +25,8 @@ from nextblock.data.prepared import index as index_files
 from nextblock.data.prepared import making, open_prepared, shards
 from nextblock.data.sources import open_source
 from nextblock.errors import ConfigError, DataError, RunError
+from nextblock.jobs import images_record
 from nextblock.jobs import prepare as job
-from nextblock.jobs import prepared_record
 from nextblock.jobs.embed import embed
 from nextblock.jobs.knn import knn
 from nextblock.jobs.prepare import prepare
@@ -137,7 +137,7 @@ def stop_at(patch: pytest.MonkeyPatch, moment: str) -> None:
         return stopping
 
     if moment == "begun":
-        patch.setattr(prepared_record, "write_manifest", stop(0, prepared_record.write_manifest))
+        patch.setattr(images_record, "write_manifest", stop(0, images_record.write_manifest))
     elif moment == "first image":
         patch.setattr(making, "encode", stop(0, making.encode))
     elif moment == "third shard":

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from close import assert_close
-from nextblock.checkpoints.pretrained import _sha256
+from nextblock.checkpoints.pretrained import file_sha256
 from nextblock.cli import main
 from nextblock.data.decode import decode
 from nextblock.errors import ConfigError, DataError, RunError
@@ -214,7 +214,7 @@ def change_weights(folder: Path, change: Any) -> None:
     tensors = {name: change(value) for name, value in load_file(file).items()}
     save_file(tensors, file)
     about = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(about | {"sha256": _sha256(file)}))
+    (folder / "config.json").write_text(json.dumps(about | {"sha256": file_sha256(file)}))
 
 
 @pytest.mark.parametrize("augment", ["none", "published"])

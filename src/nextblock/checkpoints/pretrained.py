@@ -88,7 +88,7 @@ def _write(
 ) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    digest = _sha256(folder / "model.safetensors")
+    digest = file_sha256(folder / "model.safetensors")
     if about.get("origin_sha256", digest) != digest:
         about = {name: value for name, value in about.items() if name not in _ORIGIN}
     elif "origin" in about:
@@ -134,7 +134,7 @@ def load_pretrained(folder: Path) -> tuple[Model, dict[str, Any]]:
     about = read_about(folder)
     try:
         preprocessing = read_preprocessing(folder)
-        if _sha256(folder / "model.safetensors") != about.get("sha256"):
+        if file_sha256(folder / "model.safetensors") != about.get("sha256"):
             raise CheckpointError(
                 f"{folder}/model.safetensors is damaged: its SHA-256 is not that in config.json. Copy or download the "
                 f"folder again."
@@ -303,6 +303,7 @@ def _sha256_of_sizes(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, read in parts."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

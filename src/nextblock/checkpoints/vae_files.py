@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.checkpoints.official_kl16 import load_official_kl16
+from nextblock.checkpoints.pretrained import file_sha256
 from nextblock.errors import CheckpointError, ConfigError, nearest
 from nextblock.vae import Autoencoder, Pixels
 
@@ -82,9 +82,8 @@ def _require_whole(path: Path) -> None:
         file = path / Path(name).name
         if not file.is_file():
             raise CheckpointError(f"{path} is not whole: {file.name} is missing. Convert the VAE again.")
-        with open(file, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != wanted:
-                raise CheckpointError(f"{file} is damaged: its SHA-256 is not that in {RECORD}. Convert it again.")
+        if file_sha256(file) != wanted:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not that in {RECORD}. Convert it again.")
 
 
 def _fetch(name: str) -> Autoencoder:

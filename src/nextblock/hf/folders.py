@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from nextblock.xtra.model import Encoder
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class FolderModel(PreTrainedModel):
+class FolderModel(PreTrainedModel, ABC):
     """An Encoder or a Classifier, `inner`. The names of its tensors are those in the file, without "inner."."""
 
     main_input_name = "pixel_values"
@@ -58,18 +59,19 @@ class FolderModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
+    @abstractmethod
     def make(cls, config: NextblockConfig) -> Any:
         """`inner`, with parameters as they are initialised."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def opened(cls, folder: Path, config: NextblockConfig, new_head: bool) -> tuple[Any, set[str]]:
         """`inner` with the weights of a folder, and the names of the tensors that it did not hold."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def encoder(self) -> Encoder:
-        raise NotImplementedError
+        """What reads the images."""
 
     def images(self, pixel_values: Tensor, other_sizes: bool | None) -> Tensor:
         """In the dtype of the weights. Raises ConfigError for another size than in training, where that is refused."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.data.latents.cache import About
@@ -17,8 +14,10 @@ from nextblock.data.latents.making import Maker
 from nextblock.data.loading import default_workers
 from nextblock.data.sources import Source
 from nextblock.errors import ConfigError, RunError
-from nextblock.jobs.latents_record import Asked, begin, go_on, open_images, read_asked
+from nextblock.jobs.images_record import open_images
+from nextblock.jobs.latents_record import Asked, begin, go_on, read_asked
 from nextblock.jobs.opening import require_positive
+from nextblock.jobs.shard_progress import shard_bar, size
 from nextblock.training.launch import pick_device
 from nextblock.training.run_folder import max_bad_images
 from nextblock.training.signals import Stopped, StopRequest
@@ -88,7 +87,7 @@ def cache_latents(
     console = Console(quiet=quiet)
     folder, begun, asked = read_asked(dataset, {k: v for k, v in given.items() if v is not None}, out, resume)
     model = _open_vae(asked).to(pick_device(device))
-    source = open_images(asked, dataset)
+    source = open_images(asked.dataset, asked, dataset)
     about = go_on(folder, begun, asked, source, model, console) if begun else begin(folder, asked, source, model)
     loaders = default_workers() if workers < 0 else workers
     if not about.finished:
@@ -124,7 +123,7 @@ def _make(
     _require_room(folder, about, len(source) - done, console)
     stop = StopRequest("this batch is done")
     try:
-        with stop, _bar(len(source), done, console) as bar:
+        with stop, shard_bar("encoding", len(source), done, console, _shard_line) as bar:
             maker = Maker(
                 folder, source, model, batch_size, workers, max_bad_images(len(source), asked.max_bad_fraction),
                 on_images=bar.images, on_shard=bar.shard, stop_asked=stop,
@@ -139,15 +138,14 @@ def _require_room(folder: Path, about: About, images: int, console: Console) -> 
     """Say what will be written. Raises RunError when it is more than the disk has."""
     need, free = images * about.bytes_per_image, shutil.disk_usage(folder).free
     shape, shards = " x ".join(map(str, about.shape)), about.shard_count - len(about.shards)
-    size = f"{need / 2**30:,.1f} GiB" if need >= 2**30 else f"{need / 2**20:,.1f} MiB"
     console.print(
-        f"{about.data['description']}. {images:,} to encode: moments {shape}, also mirrored, in {about.dtype}, {size} "
-        f"in {shards} shard{'s' if shards > 1 else ''} of {folder}",
+        f"{about.data['description']}. {images:,} to encode: moments {shape}, also mirrored, in {about.dtype}, "
+        f"{size(need)} in {shards} shard{'s' if shards > 1 else ''} of {folder}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     if need > free:
         raise RunError(
-            f"the latents need {need / 2**30:,.1f} GiB, but the disk of {folder} has {free / 2**30:,.1f} GiB left. "
+            f"the latents need {size(need)}, but the disk of {folder} has {size(free)} left. "
             "Make room, or take another --out."
         )
 
@@ -159,29 +157,5 @@ def _tell(folder: Path, about: About, console: Console) -> None:
     console.print(f"{count:,} images cached{left_out}: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-class _Bar:
-    """A bar in a terminal, a line for each shard elsewhere."""
-
-    def __init__(self, progress: Progress | None, task: Any, console: Console) -> None:
-        self.progress, self.task, self.console = progress, task, console
-
-    def images(self, count: int) -> None:
-        if self.progress:
-            self.progress.advance(self.task, count)
-
-    def shard(self, about: About) -> None:
-        if not self.progress:
-            self.console.print(f"{len(about.shards)} of {about.shard_count} shards", highlight=False)
-
-
-@contextmanager
-def _bar(total: int, done: int, console: Console) -> Iterator[_Bar]:
-    if not console.is_terminal:
-        yield _Bar(None, None, console)
-        return
-    columns = (
-        TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        yield _Bar(progress, progress.add_task("encoding", total=total, completed=done), console)
+def _shard_line(about: About) -> str:
+    return f"{len(about.shards)} of {about.shard_count} shards"

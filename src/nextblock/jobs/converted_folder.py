@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from nextblock.checkpoints.kinds import describe
-from nextblock.checkpoints.pretrained import load_pretrained, read_about, save_pretrained
+from nextblock.checkpoints.pretrained import file_sha256, load_pretrained, read_about, save_pretrained
 from nextblock.checkpoints.recognise import OFFICIAL, Asked, Recognised, official_file, official_tensors, with_encoder
 from nextblock.checkpoints.vae_files import RECORD, open_vae
 from nextblock.data.named.imagenet import NUM_CLASSES, imagenet_classes
@@ -73,7 +72,7 @@ def write_folder(
     encoder: str | Path | None,
 ) -> str:
     """Write the weights folder; returns the kind of what it holds. Raises as `jobs.convert.convert`."""
-    origin = f"{OFFICIAL[found.kind]}, official file {source.name}, SHA-256 {_sha256(official_file(source))}"
+    origin = f"{OFFICIAL[found.kind]}, official file {source.name}, SHA-256 {file_sha256(official_file(source))}"
     about: dict[str, Any] = {"origin": origin, "official": found.layout}
     model: Any = found.model
     _require_meant(found.kind, {"vae": vae, "classes": classes, "encoder": encoder})
@@ -148,7 +147,7 @@ def _write_vae(vae: Autoencoder, folder: Path, about: Mapping[str, Any]) -> None
         vae.model.register_to_config(scaling_factor=vae.scale_factor)
         vae.model.save_pretrained(beside)
         weights = beside / "diffusion_pytorch_model.safetensors"
-        record = {**about, "sha256": {weights.name: _sha256(weights)}}
+        record = {**about, "sha256": {weights.name: file_sha256(weights)}}
         (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (beside / "README.md").write_text(_vae_card(vae, about))
         beside.rename(folder)  # over nothing, or over an empty folder
@@ -195,8 +194,3 @@ def write_official(source: Path, target: Path) -> tuple[str, int]:
     except RuntimeError as error:  # torch's own, for a place that cannot be written
         raise RunError(f"cannot write {target}: {error}. Choose another --to.") from error
     return kind, len(tensors)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
-import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
-from nextblock.data.labelled import open_labelled
 from nextblock.data.latents.cache import ABOUT, About, is_latent_cache
 from nextblock.data.latents.making import with_shards
 from nextblock.data.latents.shards import Shard
-from nextblock.data.named import NAMED, is_named
 from nextblock.data.preprocess import Preprocessing
-from nextblock.data.sources import Source, explain_change, open_source, write_manifest
-from nextblock.errors import ConfigError, DataError, RunError, nearest
-from nextblock.jobs.record import described, where
+from nextblock.data.sources import Source
+from nextblock.errors import ConfigError, RunError, nearest
+from nextblock.jobs.images_record import images_record, is_whole, require_same_images, write_manifest_once
+from nextblock.jobs.record import where
 from nextblock.training.run_folder import claim_folder
 from nextblock.vae import Autoencoder, same_vae
 
 CROP = "adm_center"
-MANIFEST = "data_manifest.txt.gz"
 _FREE = ("dataset", "vae", "data_root", "max_bad_fraction")  # may change when a cache goes on
 _PACKAGES = ("nextblock", "torch", "diffusers", "pillow", "numpy", "safetensors")
 
@@ -108,33 +102,6 @@ def _require_same_settings(folder: Path, stored: Asked, asked: Asked) -> None:
         )
 
 
-def open_images(asked: Asked, dataset: Any) -> Source:
-    """The images as a source: a Python object where given, else what `asked` names."""
-    spec = asked.dataset if dataset is None or asked.dataset is not None else dataset
-    if isinstance(spec, str):
-        _require_known(spec, spec if dataset is None else os.fspath(dataset))
-    if isinstance(spec, str) and is_named(spec):
-        split = None if asked.split in ("train", "test") else asked.split
-        opened = open_labelled(
-            spec, root=asked.data_root, train_split=split,
-            image_column=asked.image_column, label_column=asked.label_column,
-        )  # fmt: skip
-        return opened.test if asked.split == "test" else opened.train
-    return open_source(spec, split=asked.split, image_column=asked.image_column, label_column=asked.label_column)
-
-
-def _require_known(spec: str, given: str) -> None:
-    """Raise DataError, in the words of what was `given`, when `spec` is nothing that can be opened."""
-    if os.path.exists(spec) or is_named(spec) or spec.startswith("hf:") or glob.has_magic(spec):
-        return
-    parent, name = os.path.split(spec)
-    siblings = os.listdir(parent) if os.path.isdir(parent) else []
-    raise DataError(
-        f"'{given}' is neither a file or folder here nor a data set's name.{nearest(name, [*NAMED, *siblings])} "
-        "`nextblock datasets` lists the names; for the Hugging Face hub write hf:NAME."
-    )
-
-
 def begin(folder: Path, asked: Asked, source: Source, vae: Autoencoder) -> About:
     """Claim the folder and write down what is made. Raises RunError when something else is in it."""
     for left_over in (".writable", f".{ABOUT}.partial"):  # of a start that was killed
@@ -149,7 +116,7 @@ def begin(folder: Path, asked: Asked, source: Source, vae: Autoencoder) -> About
         vae=vae.identity(),
         crop=CROP,
         preprocessing=preprocessing.to_dict(),
-        data=_described(source),
+        data=images_record(source),
         classes=None if source.classes is None else list(source.classes),
         shape=(2 * vae.latent_channels, side, side),
         dtype=asked.dtype,
@@ -159,7 +126,7 @@ def begin(folder: Path, asked: Asked, source: Source, vae: Autoencoder) -> About
     )
     about = dataclasses.replace(about, shard_images=max(1, asked.shard_mb * 2**20 // about.bytes_per_image))
     about.write(folder)
-    _write_manifest(folder, source)
+    write_manifest_once(folder, source)
     return about
 
 
@@ -172,16 +139,19 @@ def go_on(folder: Path, begun: About, asked: Asked, source: Source, vae: Autoenc
             f"the latent cache {folder} was begun with another VAE: {difference}. Give that one, or choose another "
             "--out."
         )
-    _require_same_images(folder, begun, source)
+    require_same_images(folder, begun.data, source, f"the latent cache {folder}")
+    shards = {number: Shard(folder, record) for number, record in begun.shards.items()}
     whole = {
-        number: record for number, record in begun.shards.items() if _is_whole(folder, Shard(folder, record), console)
+        number: begun.shards[number]
+        for number, shard in shards.items()
+        if is_whole(shard.path.name, shard.require_whole, console)
     }
     lost = set(begun.shards) - set(whole)
     told = f"{len(whole)} of {begun.shard_count} shards of {folder} are whole"
     console.print(told, highlight=False, markup=False, soft_wrap=True)
     for left_over in folder.glob(".*.partial"):
         left_over.unlink(missing_ok=True)
-    _write_manifest(folder, source)
+    write_manifest_once(folder, source)
     about = dataclasses.replace(begun, asked=dataclasses.asdict(asked))
     if lost:
         about = with_shards(about, whole)
@@ -189,55 +159,10 @@ def go_on(folder: Path, begun: About, asked: Asked, source: Source, vae: Autoenc
     return about
 
 
-def _require_same_images(folder: Path, begun: About, source: Source) -> None:
-    now = _described(source)
-    if all(begun.data[name] == now[name] for name in ("sha256", "order_sha256")):
-        return
-    same_files = begun.data["sha256"] == now["sha256"]
-    manifest = folder / MANIFEST
-    if same_files:
-        change = "another order, or other labels or class names"
-    else:
-        change = explain_change(manifest, source) if manifest.is_file() else f"{now['count']} images"
-    raise RunError(
-        f"the images are not those that the latent cache {folder} was begun on: {change}. Bring them back, or choose "
-        "another --out."
-    )
-
-
-def _is_whole(folder: Path, shard: Shard, console: Console) -> bool:
-    try:
-        shard.require_whole()
-    except DataError:
-        told = f"{shard.path.name} is damaged or missing, and made anew"
-        console.print(told, highlight=False, markup=False)
-        return False
-    return True
-
-
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     names = ("sha256", "latent_channels", "factor", "scale_factor", "shift_factor")
     short = [(name, str(there.get(name))[:12], str(here.get(name))[:12]) for name in names]
     return ", ".join(f"{name} {a} there, {b} here" for name, a, b in short if a != b)
-
-
-def _described(source: Source) -> dict[str, Any]:
-    """The images' names and sizes, and what each shard's rows depend on besides: order, labels, class names."""
-    order = hashlib.sha256(repr(source.classes).encode(errors="surrogateescape"))
-    for index in range(len(source)):
-        order.update(os.fsencode(source.name(index)) + b"\0")
-    labels = source.labels()
-    if labels is not None:
-        order.update(np.asarray(labels).astype("<i8").tobytes())
-    return described(source) | {"order_sha256": order.hexdigest()}
-
-
-def _write_manifest(folder: Path, source: Source) -> None:
-    if (folder / MANIFEST).is_file():
-        return
-    beside = folder / f".{MANIFEST}.partial"
-    write_manifest(source, beside)
-    beside.replace(folder / MANIFEST)
 
 
 def _versions() -> dict[str, str]:

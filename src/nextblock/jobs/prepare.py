@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nextblock.data.prepared.about import About, is_prepared
 from nextblock.data.prepared.encoding import Encoding
 from nextblock.data.prepared.making import BAD_SAMPLES, Maker
 from nextblock.data.sources import Source
 from nextblock.errors import ConfigError, RunError
-from nextblock.jobs.prepared_record import Asked, begin, go_on, open_images, require_same_settings
+from nextblock.jobs.images_record import open_images
+from nextblock.jobs.output import say
+from nextblock.jobs.prepared_record import Asked, begin, go_on, require_same_settings
+from nextblock.jobs.shard_progress import shard_bar, size
 from nextblock.training.run_folder import max_bad_images
 from nextblock.training.signals import Stopped, StopRequest
 
@@ -87,7 +89,7 @@ def prepare(
     there = About.read(folder) if is_prepared(folder) else None
     if there:
         require_same_settings(folder, there, asked, encoding)
-    source = open_images(asked, data)
+    source = open_images(asked.data, asked, data)
     if not there:
         begin(folder, asked, encoding, source)
     with _alone(folder):
@@ -139,12 +141,12 @@ def _make(folder: Path, about: About, source: Source, workers: int, console: Con
     done = about.images + len(about.bad)
     max_bad = max_bad_images(len(source), about.asked["max_bad_fraction"])
     by = f"{workers} processes" if workers > 1 else "1 process"
-    _say(
+    say(
         console, f"{about.data['description']}. {len(source) - done:,} images to prepare by {by}: {about.encoding.told}"
     )
     stop = StopRequest("a few images are done")
     try:
-        with stop, _bar(len(source), done, console) as bar:
+        with stop, shard_bar("preparing", len(source), done, console, _shard_line) as bar:
             start = time.monotonic()
             maker = Maker(
                 folder, source, workers, max_bad, on_images=bar.images, on_shard=bar.shard, stop_asked=stop
@@ -153,7 +155,7 @@ def _make(folder: Path, about: About, source: Source, workers: int, console: Con
     except KeyboardInterrupt as error:
         advice = "stopped. To go on after the last whole shard, give the same command again: "
         raise Stopped(advice + about.command(folder), stop.received) from error
-    _say(console, f"{(len(source) - done) / max(time.monotonic() - start, 1e-9):,.0f} images/s")
+    say(console, f"{(len(source) - done) / max(time.monotonic() - start, 1e-9):,.0f} images/s")
     return about
 
 
@@ -164,45 +166,13 @@ def _tell(folder: Path, about: About, console: Console) -> None:
     copied = sum(record.kinds.get("copied", 0) for record in about.in_order)
     as_is = f"; {copied:,} copied as they were" if copied else ""
     times = f"{after / before:.2f} times" if before else "from nothing"
-    _say(console, f"{about.images:,} images{bad}: {_size(before)} before, {_size(after)} now ({times}{as_is})")
-    _say(
+    say(console, f"{about.images:,} images{bad}: {size(before)} before, {size(after)} now ({times}{as_is})")
+    say(
         console, f"To use them: nextblock pretrain --data.train {folder}; every job reads {folder} as it does a folder."
     )
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-class _Bar:
-    """A bar in a terminal, a line for each shard elsewhere."""
-
-    def __init__(self, progress: Progress | None, task: Any, console: Console) -> None:
-        self.progress, self.task, self.console = progress, task, console
-
-    def images(self, count: int) -> None:
-        if self.progress:
-            self.progress.advance(self.task, count)
-
-    def shard(self, about: About) -> None:
-        if not self.progress:
-            done = f"{about.images + len(about.bad):,} of {about.count:,} images"
-            size = _size(sum(record.bytes for record in about.shards.values()))
-            _say(self.console, f"{len(about.shards)} shard{'' if len(about.shards) == 1 else 's'}: {done}, {size}")
-
-
-@contextmanager
-def _bar(total: int, done: int, console: Console) -> Iterator[_Bar]:
-    if not console.is_terminal:
-        yield _Bar(None, None, console)
-        return
-    columns = (
-        TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        yield _Bar(progress, progress.add_task("preparing", total=total, completed=done), console)
+def _shard_line(about: About) -> str:
+    done = f"{about.images + len(about.bad):,} of {about.count:,} images"
+    bytes_ = size(sum(record.bytes for record in about.shards.values()))
+    return f"{len(about.shards)} shard{'' if len(about.shards) == 1 else 's'}: {done}, {bytes_}"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import features
 from rich.console import Console
 
@@ -19,13 +17,12 @@ from nextblock.data.prepared.encoding import Encoding
 from nextblock.data.prepared.index import INDEX, map_index
 from nextblock.data.prepared.making import write_about
 from nextblock.data.prepared.shards import LARGEST_MB
-from nextblock.data.sources import Source, explain_change, write_manifest
-from nextblock.errors import ConfigError, DataError, RunError
-from nextblock.jobs import latents_record
-from nextblock.jobs.record import described, where
+from nextblock.data.sources import Source
+from nextblock.errors import ConfigError
+from nextblock.jobs.images_record import images_record, is_whole, require_same_images, write_manifest_once
+from nextblock.jobs.record import where
 from nextblock.training.run_folder import claim_folder
 
-MANIFEST = "data_manifest.txt.gz"
 _FREE = ("data", "data_root", "max_bad_fraction")  # may change when preparing goes on
 
 
@@ -54,13 +51,6 @@ class Asked:
         return cls(data=place["dataset"], data_root=place["data_root"], **more)
 
 
-def open_images(asked: Asked, data: Any) -> Source:
-    """The images as a source: what `asked` names, else the Python object `data`."""
-    of_images = ("data_root", "split", "image_column", "label_column")
-    named = latents_record.Asked(dataset=asked.data, **{name: getattr(asked, name) for name in of_images})
-    return latents_record.open_images(named, data)
-
-
 def require_same_settings(folder: Path, begun: About, asked: Asked, encoding: Encoding) -> None:
     """Raise ConfigError, naming them, for settings that are not those that `folder` was begun with."""
     old = begun.asked | dataclasses.asdict(begun.encoding)
@@ -85,28 +75,32 @@ def begin(folder: Path, asked: Asked, encoding: Encoding, source: Source) -> Abo
     about = About(
         encoding=encoding,
         shard_mb=asked.shard_mb,
-        data=_described(source),
+        data=images_record(source),
         classes=None if source.classes is None else list(source.classes),
         asked=dataclasses.asdict(asked),
         options=_options(asked, encoding),
         made_with=versions(),
     )
     write_about(folder, about)
-    _write_manifest(folder, source)
+    write_manifest_once(folder, source)
     return about
 
 
 def go_on(folder: Path, begun: About, asked: Asked, source: Source, console: Console) -> About:
     """What is there, less what is damaged. Raises RunError when the images are not the same."""
-    _require_same_images(folder, begun, source)
+    require_same_images(folder, begun.data, source, str(folder))
     _tell_versions(begun, console)
-    whole = {number: record for number, record in begun.shards.items() if _is_whole(folder, record, console)}
+    whole = {
+        number: record
+        for number, record in begun.shards.items()
+        if is_whole(record.file, partial(record.require_whole, folder), console)
+    }
     console.print(
         f"{len(whole)} of {len(begun.cuts)} shards of {folder} are whole", highlight=False, markup=False, soft_wrap=True
     )
     for left_over in folder.glob(".*.partial"):
         left_over.unlink(missing_ok=True)
-    _write_manifest(folder, source)
+    write_manifest_once(folder, source)
     about = dataclasses.replace(begun, asked=dataclasses.asdict(asked))
     if len(whole) < len(begun.shards) or not _has_index(folder, begun, console):
         about = about.with_shards(whole)
@@ -139,54 +133,6 @@ def _tell_versions(begun: About, console: Console) -> None:
         )  # fmt: skip
 
 
-def _is_whole(folder: Path, record: Any, console: Console) -> bool:
-    try:
-        record.require_whole(folder)
-    except DataError:
-        console.print(f"{record.file} is damaged or missing, and made anew", highlight=False, markup=False)
-        return False
-    return True
-
-
 def _has_index(folder: Path, begun: About, console: Console) -> bool:
     """True also where there is none yet."""
-    try:
-        if begun.index is not None:
-            map_index(folder, begun.index)
-    except DataError:
-        console.print(f"{INDEX} is damaged or missing, and made anew", highlight=False, markup=False)
-        return False
-    return True
-
-
-def _require_same_images(folder: Path, begun: About, source: Source) -> None:
-    now = _described(source)
-    if all(begun.data[name] == now[name] for name in ("sha256", "order_sha256")):
-        return
-    manifest = folder / MANIFEST
-    if begun.data["sha256"] == now["sha256"]:
-        change = "another order, or other labels or class names"
-    else:
-        change = explain_change(manifest, source) if manifest.is_file() else f"{now['count']} images"
-    raise RunError(
-        f"the images are not those that {folder} was begun on: {change}. Bring them back, or choose another --out."
-    )
-
-
-def _described(source: Source) -> dict[str, Any]:
-    """The images' names and sizes, and what the shards depend on besides: order, labels, class names."""
-    order = hashlib.sha256(repr(source.classes).encode(errors="surrogateescape"))
-    for index in range(len(source)):
-        order.update(os.fsencode(source.name(index)) + b"\0")
-    labels = source.labels()
-    if labels is not None:
-        order.update(np.asarray(labels).astype("<i8").tobytes())
-    return described(source) | {"order_sha256": order.hexdigest()}
-
-
-def _write_manifest(folder: Path, source: Source) -> None:
-    if (folder / MANIFEST).is_file():
-        return
-    beside = folder / f".{MANIFEST}.partial"
-    write_manifest(source, beside)
-    beside.replace(folder / MANIFEST)
+    return begun.index is None or is_whole(INDEX, partial(map_index, folder, begun.index), console)
