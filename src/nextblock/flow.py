@@ -34,7 +34,7 @@ def data_from(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x - t * v
 
 
-def score_from(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+def score_from(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
     """The score ∇ log p_t(x) from the velocity, for t > 0: the noise is x + (1 - t) v, the score is -noise / t."""
     return -(x + (1 - t) * v) / t
 

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import bench, sampling_speed, training_step
 from benchmarks.measure import NOT_MEASURED, Row, Target
+from benchmarks.reference import PlainXTRA
+from benchmarks.reference_xar import PlainXAR
+from torch.utils.flop_counter import FlopCounterMode
+
+from nextblock.training.flops import xtra_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +97,7 @@ def test_what_needs_a_gpu_is_said_not_to_be_measured() -> None:
     by_name = {row["name"]: row for row in rows}
     assert by_name["XTRA-B/16 training step, bf16"]["target"] == "≥ 2 × plain, ≥ 1.15 × second, ≥ 45 % of the limit"
     assert by_name["XTRA-B/16 training step, peak memory"]["target"] == "≤ 0.7 × plain"
-    assert by_name["xAR-B sampling"]["target"] == "≥ 3 × plain"
+    assert by_name["xAR-B sampling"]["target"] == "≥ 3 × plain, ≥ 35 % of the limit"
     assert {row["met"] for row in rows} == {NOT_MEASURED}
 
 
@@ -120,14 +127,18 @@ def test_the_other_tables_run_in_small(name: str, tmp_path: Path) -> None:
     assert all(row["met"] in (True, False) for row in rows)
 
 
-def test_floating_point_operations_are_those_of_the_whole_sequence() -> None:
-    """Forward and backward (three times forward) of 64 tokens, against the formula."""
-    case = training_step.XTRACase(training_step.cases("cpu")[0], "cpu", quick=True)
-    c, n = case.config, 64
-    layers = sum(
-        d * (24 * w * w * n + 4 * n * n * w) for d, w in ((c.depth, c.width), (c.predictor_depth, c.predictor_width))
-    )
-    patch, projection = 2 * n * 48 * c.width, 2 * n * 2 * c.width * c.projection_hidden
-    head = 2 * 16 * (4 * c.predictor_width * c.head_hidden + c.head_hidden * c.cell_pixels)
-    forward = layers + patch + projection + head
-    assert case.flops() == pytest.approx(3 * forward, rel=0.02)  # the first layer needs no gradient of its input
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("preset", ["xtra_s16", "xtra_h14", "xar_b"])
+def test_the_operations_of_a_row_are_those_that_torch_counts_in_the_plain_model(preset: str, quick: bool) -> None:
+    case = replace(training_step.cases("cpu")[0], preset=preset, batch=1)
+    made = (training_step.XARCase if preset == "xar_b" else training_step.XTRACase)(case, "cpu", quick)
+    config = made.config
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if preset == "xar_b":
+            model, labels = PlainXAR(config).eval(), torch.zeros(1).long()
+            model(torch.empty(1, config.latent_channels, *config.latent), labels).backward()
+        else:
+            PlainXTRA(config, predictor_fp32=False).eval()(torch.empty(1, config.channels, *config.image)).backward()
+    heads = 0.0 if preset == "xar_b" else 3 * xtra_flops(config).forward["heads"] / (config.ordering.num_entities - 1)
+    # The plain heads also read the last cell, from which nothing is predicted; the formula leaves that out.
+    assert made.flops() + heads == counter.get_total_flops()

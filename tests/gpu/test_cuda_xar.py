@@ -12,6 +12,7 @@ import torch
 import nextblock as nb
 from close import assert_close
 from nextblock.training.run_folder import read_metrics
+from nextblock.xar.passes import FastPasses
 from tiny_generator import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -47,6 +48,20 @@ def test_samples_are_those_of_the_cpu(solver: str) -> None:
     options = {"steps": 4, "solver": solver, "guidance": 2.0, "seed": 5}
     there = nb.sample_latents(model, labels, **options).cpu()
     assert_close(there, nb.sample_latents(model.cpu(), labels, **options), 1e-3)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiled_and_recorded_passes_sample_the_same(bf16: bool) -> None:
+    model, labels = official(), torch.tensor([1, 2, 3]).cuda()
+    fast = FastPasses(model, bf16=bf16)
+    for guidance, seed in ((2.0, 0), (2.0, 1), (1.0, 1)):  # recorded, replayed, and with rows of another number
+        options = {"steps": 4, "solver": "heun", "guidance": guidance, "seed": seed}
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            plain = nb.sample_latents(model, labels, **options)
+        assert_close(
+            nb.sample_latents(model, labels, passes=fast, **options).cpu(), plain.cpu(), 3e-2 if bf16 else 1e-3
+        )
+    assert fast._recorded
 
 
 @pytest.mark.parametrize("compiled", [False, True])

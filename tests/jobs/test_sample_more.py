@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nextblock.data.preprocess import Preprocessing
 from nextblock.errors import RunError
-from nextblock.jobs import sample_folder
+from nextblock.jobs import sample_folder, sample_images
 from nextblock.jobs.opening_generator import OpenedGenerator
 from nextblock.jobs.sample_folder import SampleFolder
 from nextblock.jobs.sample_images import ImageMaker
@@ -26,6 +26,7 @@ from nextblock.training.launch import launch
 from nextblock.vae import Pixels
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
+from nextblock.xar.passes import FastPasses
 from nextblock.xar.sampler import sample_latents
 
 
@@ -163,3 +164,31 @@ def test_fewer_images_or_others_are_refused(tmp_path: Path, values: dict[str, An
     with pytest.raises(RunError, match=told):
         job(**values).make(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_compiled_sampling_makes_the_same_images_and_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def plain_backend(model: XAR, *, bf16: bool) -> FastPasses:
+        made.append(model)
+        return FastPasses(model, bf16=bf16, backend="eager")
+
+    monkeypatch.setattr(sample_images, "FastPasses", plain_backend)
+    job(5).make(tmp_path / "plain", npz=True, animated=1)
+    job(5, compile=True).make(tmp_path / "compiled", npz=True, animated=1)
+    require_whole(tmp_path / "compiled", 5, tmp_path / "plain")
+    assert len(made) == 1  # once for all batches
+    assert json.loads((tmp_path / "compiled" / "sample.json").read_text())["settings"]["compile"] is True
+    with pytest.raises(RunError, match="compile was False, now True"):
+        job(5, compile=True).make(tmp_path / "plain", npz=True, animated=1)
+
+
+def test_a_record_that_does_not_tell_of_compiling_is_one_of_plain_sampling(tmp_path: Path) -> None:
+    job(3).make(tmp_path / "made", npz=True, animated=1)
+    record = json.loads((tmp_path / "made" / "sample.json").read_text())
+    del record["settings"]["compile"]
+    (tmp_path / "made" / "sample.json").write_text(json.dumps(record))
+    job(4).make(tmp_path / "made", npz=True, animated=1)
+    assert len(images(tmp_path / "made")) == 4

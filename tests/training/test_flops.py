@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextblock.errors import ConfigError
-from nextblock.training.flops import matmul_ceiling, model_flops, xar_flops, xtra_flops
+from nextblock.training.flops import matmul_ceiling, model_flops, xar_flops, xar_sampling_flops, xtra_flops
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
+from nextblock.xar.sampler import Guidance, sample_latents
 from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.model import XTRA
 
@@ -54,6 +55,19 @@ def test_xar_costs_what_torch_counts(changed: dict[str, Any]) -> None:
     config = XARConfig(**(XAR_SIZES | changed))
     latents, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 1])
     assert 3 * model_flops(XAR(config)).training == counted(XAR(config), latents, labels)
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"ordering": "scales"}, {"ordering": "whole"}, {"ordering": "patches", "depth": 2}]
+)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_sampling_costs_what_torch_counts(changed: dict[str, Any], guidance: float) -> None:
+    config = XARConfig(**(XAR_SIZES | changed))
+    entities = config.entities.num_entities
+    guided = [Guidance(guidance).of(n, entities) != 1 for n in range(entities)]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample_latents(XAR(config), torch.tensor([0, 1, 1]), steps=4, guidance=guidance)
+    assert counter.get_total_flops() == 3 * xar_sampling_flops(config, 4, guided)
 
 
 def test_the_count_grows_with_depth_and_with_the_square_of_tokens() -> None:

@@ -47,6 +47,7 @@ def sample(
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     state: Literal["float64", "float32"] = "float64",
+    compile: bool = False,
     device: str = "auto",
     devices: int = 1,
     quiet: bool = False,
@@ -80,6 +81,8 @@ def sample(
             n grows, images that share a batch with earlier ones are those of a larger n from the start to rounding.
         precision: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16", of the model.
         state: "float64" (as published) or "float32", of what the solver integrates.
+        compile: compile the layers first, which takes some seconds to a minute and pays for itself where many images
+            are made; on CUDA, passes are recorded as graphs, too. Images are the same to rounding.
         device: "auto", "cpu" or "cuda".
         devices: processes on this machine; 0 = all devices. The images do not depend on it.
         quiet: print nothing.
@@ -98,7 +101,7 @@ def sample(
         classes=chosen_classes(classes, opened.classes, run), n=n, seed=seed, guidance=guidance,
         guidance_schedule=guidance_schedule, guidance_interval=interval, steps=steps, solver=solver,
         time_grid=time_grid, batch_size=batch_size, precision=precision_used, state=state,
-        known_entities=known_entities,
+        known_entities=known_entities, compile=compile,
     )  # fmt: skip
     known = _known(continue_from, known_entities, opened)
     fabric = launch(TrainingConfig(device=place, devices=devices, seed=seed))

@@ -29,6 +29,7 @@ from nextblock.training.run_folder import claim_folder, to_json, write_text
 RECORD = "sample.json"
 _PNG_END = b"IEND\xaeB`\x82"
 _MOST_SHOWN = 60  # characters of a value in a message
+ADDED = {"settings": {"compile": False}}  # what records did not always tell, and what was meant then
 
 
 class SampleFolder:
@@ -169,7 +170,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     told = []
     for section in ("settings", "source"):
-        old, new = before[section], json.loads(json.dumps(now[section]))
+        old, new = ADDED.get(section, {}) | before[section], json.loads(json.dumps(now[section]))
         told += [
             f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}"
             for name in {**old, **new}

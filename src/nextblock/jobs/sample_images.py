@@ -17,6 +17,7 @@ from nextblock.data.stream import Batch
 from nextblock.errors import CheckpointError, DataError
 from nextblock.evaluation.inference import inference
 from nextblock.jobs.sample_settings import SampleSettings
+from nextblock.xar.passes import FastPasses, Passes
 
 if TYPE_CHECKING:
     from nextblock.jobs.opening_generator import OpenedGenerator
@@ -47,15 +48,20 @@ class ImageMaker:
     ) -> None:
         self.opened, self.settings, self.device, self.draw, self.known = opened, settings, device, draw, known
         self.model, self.decoder = opened.model.to(device), opened.decoder.to(device)
+        self.passes: Passes | None = None
 
     def images(self, numbers: Sequence[int], watch: Any = None) -> NDArray[np.uint8]:
         """Sample and decode these images: uint8 [B, H, W, C]. Raises CheckpointError when they are not finite."""
         labels = self.settings.labels(numbers)
         known = self._known_latents(numbers)
-        with inference(self.model, bf16=self.settings.precision == "bf16"):
+        bf16 = self.settings.precision == "bf16"
+        if self.settings.compile and self.passes is None:
+            self.passes = FastPasses(self.model, bf16=bf16)
+        with inference(self.model, bf16=bf16):
             latents = self.draw(
                 self.model, labels, count=len(numbers) if labels is None else None, indices=torch.tensor(numbers),
-                known=known, num_known=self.settings.known_entities, watch=watch, **self.settings.for_sampler(),
+                known=known, num_known=self.settings.known_entities, watch=watch,
+                passes=self.passes, **self.settings.for_sampler(),
             )  # fmt: skip
         return self.decoded(latents)
 

@@ -25,6 +25,7 @@ class SampleSettings:
         precision: "fp32", or "bf16" autocast.
         state: of the solver, "float64" or "float32".
         known_entities: so many are taken from given images.
+        compile: layers are compiled and, on CUDA, passes recorded; it changes how numbers are rounded.
 
     The others are those of `sample_latents`. Raises ConfigError for values that cannot work.
     """
@@ -42,6 +43,7 @@ class SampleSettings:
     precision: str = "fp32"
     state: str = "float64"
     known_entities: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n", "batch_size", "steps"):

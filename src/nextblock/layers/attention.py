@@ -27,10 +27,11 @@ class KVCache:
     Args:
         depth: number of layers.
         tokens: most tokens at once, kept and present.
+        rows: the largest batch, if it is known; else that of the first pass, or a larger one before anything is kept.
     """
 
-    def __init__(self, depth: int, tokens: int) -> None:
-        self.tokens, self.length = tokens, 0
+    def __init__(self, depth: int, tokens: int, rows: int = 0) -> None:
+        self.tokens, self.rows, self.length = tokens, rows, 0
         self._keys: list[Tensor | None] = [None] * depth
         self._values: list[Tensor | None] = [None] * depth
 
@@ -49,11 +50,15 @@ class KVCache:
         """Count the `tokens` that were written last as kept."""
         self.length += tokens
 
+    def clear(self) -> None:
+        """Forget all tokens; the room stays where it is in memory."""
+        self.length = 0
+
     def _room(self, store: list[Tensor | None], layer: int, like: Tensor) -> Tensor:
         room = store[layer]
         if room is None or len(room) < len(like):
             assert self.length == 0, "a batch cannot grow once tokens are kept"
-            room = like.new_empty(len(like), like.shape[1], self.tokens, like.shape[3])
+            room = like.new_empty(max(len(like), self.rows), like.shape[1], self.tokens, like.shape[3])
             store[layer] = room
         return room
 
@@ -76,11 +81,20 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """`rotation`: see `rope.rotation`, of these tokens; `cache`: with this layer's number, earlier tokens to attend
         to as well."""
+        q, k, v = self.projected(x, rotation)
+        if cache is not None:
+            k, v = cache[0].extend(cache[1], k, v)
+        return self.joined(attention(q, k, v, mask, self.dropout if self.training else 0.0))
+
+    def projected(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, H, N, D / H]; the first two turned by `rotation`."""
         qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k, v = qkv
         if rotation is not None:
             q, k = rotate(qkv[:2], *rotation)
-        if cache is not None:
-            k, v = cache[0].extend(cache[1], k, v)
-        x = attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+        return q, k, v
+
+    def joined(self, attended: Tensor) -> Tensor:
+        """The heads' results [B, H, N, D / H] put together and projected: [B, N, D]."""
+        out: Tensor = self.out(rearrange(attended, "b h n d -> b n (h d)"))
+        return out

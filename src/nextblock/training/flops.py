@@ -9,7 +9,7 @@ kernels with a mask compute. What fused kernels compute twice is not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,31 @@ def xar_flops(config: XARConfig) -> Flops:
         "tokens out": _linear(n, width, config.token_channels),
     }
     return Flops(forward, no_input_gradient=tokens + waves)
+
+
+def xar_sampling_flops(config: XARConfig, steps: int, guided: Sequence[bool]) -> int:
+    """What sampling one image costs with a solver of one evaluation a step, as `xar.passes` does it.
+
+    A finished entity is read once more, for its keys and values. What class and time make of the layers is counted once
+    for a time.
+
+    Args:
+        steps: of the solver, for each entity.
+        guided: for each entity, whether it is run without a class, too.
+    """
+    width, sizes = config.width, config.entities.entity_sizes
+    layers, hidden = config.depth, int(config.width * config.mlp_ratio * 2 / 3)
+    total, before = 0, 0
+    for entity, n in enumerate(sizes):
+        reads, seen = _linear(n, width, 3 * width), before + n
+        layer = reads + 2 * _linear(n, width, seen) + _linear(n, width, width) + 3 * _linear(n, width, hidden)
+        first, ends = _linear(n, config.token_channels, width) + _linear(n, width, width), config.token_channels
+        total += steps * (1 + guided[entity]) * (first + layers * layer + _linear(n, width, ends))
+        if entity + 1 < len(sizes):
+            total += (1 + any(guided[entity + 1 :])) * (first + (layers - 1) * layer + reads)
+        before = seen
+    steered = _linear(1, SINUSOID, width) + _linear(1, width, width) + layers * _linear(1, width, 6 * width)
+    return total + (1 + any(guided)) * (steps + (len(sizes) > 1)) * steered
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextblock.layers.attention import KVCache, SelfAttention
+from nextblock.layers.attention import KVCache, SelfAttention, attention
 
 NORM_EPS = 1e-6
 TIME_STEPS = 1000  # the official embedding of a time: whole thousandths
 SINUSOID = 256
+
+Rotation = tuple[Tensor, Tensor]
 
 
 class GatedMLP(nn.Module):
@@ -96,14 +98,45 @@ class XARLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        condition: Tensor,
+        condition: Tensor | None,
         steering: Steering,
         mask: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         cache: tuple[KVCache, int] | None,
+        modulated: Tensor | None = None,
     ) -> Tensor:
-        """`condition` [B, E, D]: SiLU of class and time of every entity."""
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(condition).chunk(6, -1)
-        attended = self.attn(steering.shifted(self.norm(x), scale1, shift1), mask, rotation, cache)
-        x = steering.gated(x, self.attn_dropout(attended), gate1)
-        return steering.gated(x, self.mlp(steering.shifted(self.norm(x), scale2, shift2)), gate2)
+        """`condition` [B, E, D]: SiLU of class and time of every entity; or `modulated` [B, E, 6·D], what `modulation`
+        makes of it."""
+        if modulated is None:
+            modulated = self.modulation(condition)
+        q, k, v = self.before(x, modulated, steering, rotation)
+        if cache is not None:
+            k, v = cache[0].extend(cache[1], k, v)
+        attended = attention(q, k, v, mask, self.attn.dropout if self.training else 0.0)
+        return self.after(x, attended, modulated, steering)
+
+    def remember(
+        self,
+        x: Tensor,
+        condition: Tensor | None,
+        steering: Steering,
+        rotation: Rotation,
+        cache: tuple[KVCache, int],
+        modulated: Tensor | None = None,
+    ) -> None:
+        """Write keys and values of these tokens into the cache; nothing else of the layer is computed."""
+        modulated = self.modulation(condition) if modulated is None else modulated
+        cache[0].extend(cache[1], *self.before(x, modulated, steering, rotation)[1:])
+
+    def before(
+        self, x: Tensor, modulated: Tensor, steering: Steering, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: queries, keys and values, [B, H, N, D / H]."""
+        _, _, scale, _, shift, _ = modulated.chunk(6, -1)
+        return self.attn.projected(steering.shifted(self.norm(x), scale, shift), rotation)
+
+    def after(self, x: Tensor, attended: Tensor, modulated: Tensor, steering: Steering) -> Tensor:
+        """What comes after attention: the layer's output."""
+        gate1, gate2, _, scale, _, shift = modulated.chunk(6, -1)
+        x = steering.gated(x, self.attn_dropout(self.attn.joined(attended)), gate1)
+        return steering.gated(x, self.mlp(steering.shifted(self.norm(x), scale, shift)), gate2)

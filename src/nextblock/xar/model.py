@@ -8,6 +8,8 @@ Inside, tokens are entity-major (`ordering.py`). Latents are [B, C, H, W]; in pi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -172,6 +174,7 @@ class XAR(Portable, nn.Module):
         first: int = 0,
         cache: KVCache | None = None,
         masked: bool = True,
+        modulations: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The velocities of successive entities: [B, n, C·p·p] -> same.
 
@@ -183,13 +186,33 @@ class XAR(Portable, nn.Module):
             cache: earlier entities' keys and values, attended to as well; these tokens are written behind them (and
                 kept only if `cache.keep` is called).
             masked: entity-causal; False when the tokens are of one entity, which sees everything before it and itself.
+            modulations: those of `times` and `labels`, where they are used again and again.
         """
         part = self._part(first, times.shape[1])
         mask = None
         if masked and times.shape[1] > 1:
             seen = slice(0 if cache else part[0].start, part[0].stop)
             mask = block_causal_mask(self.entity)[part[0], seen]
-        return self._run(tokens, times, self._labels(labels, len(tokens), None), part, mask, cache)
+        return self._run(tokens, times, self._labels(labels, len(tokens), None), part, mask, cache, modulations)
+
+    def modulations(self, times: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """What times [B, e] and labels [B] make of every layer, its scales, shifts and gates: each [B, e, 6·D]."""
+        condition = self._condition(times, self._labels(labels, len(times), None))
+        return [layer.modulation(condition) for layer in self.layers if isinstance(layer, XARLayer)]
+
+    def remember(
+        self,
+        tokens: Tensor,
+        times: Tensor,
+        labels: Tensor | None = None,
+        *,
+        entity: int,
+        cache: KVCache,
+        modulations: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Write the keys and values of one entity's tokens into the cache, as `velocities` does, and nothing beyond."""
+        labels, part = self._labels(labels, len(tokens), None), self._part(entity, 1)
+        self._through(tokens, times, labels, part, None, cache, modulations, only_remember=True)
 
     def new_cache(self) -> KVCache:
         """Room for the whole sequence."""
@@ -228,17 +251,44 @@ class XAR(Portable, nn.Module):
         part: tuple[slice, Steering, tuple[Tensor, ...]],
         mask: Tensor | None,
         cache: KVCache | None = None,
+        modulations: Sequence[Tensor] | None = None,
     ) -> Tensor:
+        x = self._through(tokens, times, labels, part, mask, cache, modulations)
+        out: Tensor = self.tokens_out(self.norm_out(x))
+        return out
+
+    def _through(
+        self,
+        tokens: Tensor,
+        times: Tensor,
+        labels: Tensor,
+        part: tuple[slice, Steering, tuple[Tensor, ...]],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        modulations: Sequence[Tensor] | None,
+        *,
+        only_remember: bool = False,
+    ) -> Tensor:
+        """The output of the last layer, [B, n, D]; with `only_remember` its input: of it, the cache is filled only."""
         _, steering, (cos, sin, rows) = part
-        condition = F.silu(self.class_embedding(labels)[:, None] + self.time_embedding(times))  # [B, e, D]
+        condition = None if modulations else self._condition(times, labels)
         x = self.norm_in(self.tokens_in(tokens) + self.position1[:, rows])
-        half = len(self.layers) // 2
+        half, last = len(self.layers) // 2, len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             if i == half:
                 x = self.middle(self.norm_middle(x)) + self.position2[:, rows]
-            x = layer(x, condition, steering, mask, (cos, sin), (cache, i) if cache else None)
-        out: Tensor = self.tokens_out(self.norm_out(x))
-        return out
+            modulated, place = modulations[i] if modulations else None, (cache, i) if cache else None
+            if only_remember and i == last:
+                assert place is not None
+                assert isinstance(layer, XARLayer)
+                layer.remember(x, condition, steering, (cos, sin), place, modulated)
+            else:
+                x = layer(x, condition, steering, mask, (cos, sin), place, modulated)
+        return x
+
+    def _condition(self, times: Tensor, labels: Tensor) -> Tensor:
+        """Class and time of every entity, [B, e, D]."""
+        return F.silu(self.class_embedding(labels)[:, None] + self.time_embedding(times))
 
     def _labels(self, labels: Tensor | None, batch: int, dropped: Tensor | None) -> Tensor:
         """[B] rows of the class embedding, some of them the one for no class."""

@@ -20,6 +20,7 @@ from nextblock.layers.patches import patchify, unpatchify
 from nextblock.ordering import ScalePyramid
 from nextblock.randomness import normals
 from nextblock.xar.model import XAR
+from nextblock.xar.passes import Passes
 from nextblock.xar.solvers import solver_named, time_grid
 
 SCHEDULES = ("linear", "constant")
@@ -83,6 +84,7 @@ def sample_latents(
     num_known: int = 0,
     state_dtype: torch.dtype = torch.float64,
     watch: Watch | None = None,
+    passes: Passes | None = None,
 ) -> Tensor:
     """Sample latents: [B, C, H, W] float32, on the model's device. Nothing is dropped, whatever mode the model is in.
 
@@ -105,10 +107,15 @@ def sample_latents(
         state_dtype: of the solver's state; the model runs in its own precision.
         watch: called as (entity, step, picture) after every step; picture() gives the latents so far, [B, C, H, W]:
             entities not begun are zeros, and of a pyramid the present scale is shown enlarged.
+        passes: who runs the model; `FastPasses(model)`, made once, where much is sampled. The numbers are the same to
+            rounding.
 
     Raises ConfigError for what cannot work: guidance without classes, labels out of range, unknown names.
     """
-    run = _Run(model, Guidance(guidance, guidance_schedule, guidance_interval), labels, count, state_dtype)
+    if passes is not None and passes.made_for is not model:
+        raise ValueError("these passes were made for another model")
+    guide = Guidance(guidance, guidance_schedule, guidance_interval)
+    run = _Run(model, guide, labels, count, state_dtype, passes or Passes(model))
     run.watch = watch
     run.set_draws(draws, seed, indices)
     modes = [(module, module.training) for module in model.modules()]
@@ -124,15 +131,19 @@ class _Run:
     """One batch: the model with and without class, its cache, and where numbers come from."""
 
     def __init__(
-        self, model: XAR, guidance: Guidance, labels: Tensor | None, count: int | None, dtype: torch.dtype
+        self,
+        model: XAR,
+        guidance: Guidance,
+        labels: Tensor | None,
+        count: int | None,
+        dtype: torch.dtype,
+        passes: Passes,
     ) -> None:
-        self.model, self.guidance, self.dtype = model, guidance, dtype
+        self.model, self.guidance, self.dtype, self.passes = model, guidance, dtype, passes
         self.device = model.position1.device
-        self.model_dtype = model.tokens_in.weight.dtype
         self.ordering = model.ordering
         self.watch: Watch | None = None
         self.labels, self.batch = _checked_labels(model, labels, count, guidance.scale)
-        self.cache = model.new_cache()
         self.done: list[Tensor] = []  # finished entities
 
     def set_draws(self, draws: Draws, seed: int, indices: Sequence[int] | Tensor | None) -> None:
@@ -171,6 +182,7 @@ class _Run:
         model, entities = self.model, self.ordering.num_entities
         solve, times = solver_named(solver), time_grid(grid, steps, solver)
         given = self._known_tokens(known, num_known)
+        self.passes.begin(self.batch, self.labels, self._guided_from(0), times)
         for entity in range(entities):
             where = model.entity_range(entity)
             if entity < num_known:
@@ -188,7 +200,9 @@ class _Run:
 
         def noise() -> Tensor:
             found: Tensor = self._draw(entity, next(drawn), shape)
-            return found.to(device=self.device, dtype=self.dtype)
+            if self.device.type == "cuda" and found.device.type == "cpu":
+                found = found.pin_memory()  # else the host would wait for all that the device has yet to do
+            return found.to(self.device, non_blocking=True).to(self.dtype)
 
         def seen(step: int, x: Tensor) -> None:
             if self.watch:
@@ -206,21 +220,16 @@ class _Run:
 
     def _call(self, entity: int, x: Tensor, t: float, *, doubled: bool) -> Tensor:
         """The model's velocities; with `doubled`, those without a class behind them."""
-        labels = self.labels
-        if doubled:
-            assert labels is not None
-            x, labels = torch.cat((x, x)), torch.cat((labels, torch.full_like(labels, self.model.null_label)))
-        times = torch.full((len(x), 1), t, device=self.device)
-        x = x.to(self.model_dtype)
-        found = self.model.velocities(x, times, labels, first=entity, cache=self.cache, masked=False)
-        return found.to(self.dtype)
+        return self.passes.velocities(entity, x, t, doubled=doubled).to(self.dtype)
 
     def _remember(self, entity: int, x: Tensor) -> None:
         """One pass over a finished entity at t = 0; without a class too when a later entity is guided."""
+        self.passes.remember(entity, x, doubled=self._guided_from(entity + 1))
+
+    def _guided_from(self, entity: int) -> bool:
+        """Whether this entity or a later one is guided."""
         entities = self.ordering.num_entities
-        later = any(self.guidance.of(n, entities) != 1 for n in range(entity + 1, entities))
-        self._call(entity, x, 0.0, doubled=later)
-        self.cache.keep(x.shape[1])
+        return any(self.guidance.of(n, entities) != 1 for n in range(entity, entities))
 
     def _known_tokens(self, known: Tensor | None, num_known: int) -> Tensor:
         model, entities = self.model, self.ordering.num_entities

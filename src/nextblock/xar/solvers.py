@@ -67,8 +67,7 @@ def euler_maruyama(velocity: Velocity, x: Tensor, times: Sequence[float], noise:
     """
     for step, (t, after) in enumerate(pairwise(times)):
         w, v = 2 * t, velocity(x, t)
-        at = torch.tensor(t, dtype=x.dtype, device=x.device)
-        drift = v - 0.5 * w * score_from(x, v, at)
+        drift = v - 0.5 * w * score_from(x, v, t)
         x = x + (after - t) * drift
         if after > 0:
             x = x + math.sqrt(w * (t - after)) * noise().to(x)
