@@ -31,7 +31,10 @@ from benchmarks.measure import NOT_MEASURED, Row, described
 from nextblock.figures.speed import draw_speed
 from nextblock.training.run_folder import environment
 
-TABLES = ("startup", "training_step", "sampling_speed", "probe_sweep", "data_pipeline", "index", "latent_caching")
+TABLES = (
+    "startup", "training_step", "attention", "sampling_speed", "solvers", "probe_sweep", "data_pipeline", "index",
+    "latent_caching",
+)  # fmt: skip
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
 DEVICES = ("cpu", "cuda")

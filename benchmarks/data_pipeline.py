@@ -4,8 +4,9 @@
 
 Plain is what a paper's code does: Pillow decodes at full size, random resized crop (bicubic), flip, float, per-sample
 normalisation, torch's DataLoader and its collation. Ours hands over uint8 and mirrors and normalises on the device. The
-limit is reading and decoding alone, by the fastest decoder there is, at the scales that ours decodes at. All run in
-one process on one thread, in turn, and processor time is counted, so that other work on the machine disturbs little.
+limit is reading and decoding alone, by the fastest decoder there is, at the scales that ours decodes at. The second row
+is ours from shards that `nextblock prepare` made before. All run in one process on one thread, in turn, and processor
+time is counted, so that other work on the machine disturbs little.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,10 +37,13 @@ from nextblock.data.loading import training_batches
 from nextblock.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, normalize
 from nextblock.data.sources import Source, open_source
 from nextblock.data.stream import TrainingStream, locate
+from nextblock.jobs.prepare import prepare
 from nextblock.randomness import uniforms
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "imagenet-sample"
 SIZE_PX, BATCH = 256, 32
+SHARDS = {"shards": "jpeg", "raw": "raw"}  # arms, and how nextblock prepare keeps their images
+SHORT_SIDE_PX, QUALITY = 320, 90
 
 
 class PlainImages(Dataset[tuple[Tensor, int]]):
@@ -141,13 +146,15 @@ def decode_at(content: Any, scale: int, decoder: str) -> None:
 
 
 def planned(device: str) -> list[Row]:
-    """The row, not measured; it is the CPU's."""
+    """The rows, not measured; they are the CPU's."""
     targets = (Target("plain", ">=", 2.0), Target("limit", ">=", 0.75))
-    return [Row(f"image pipeline, {SIZE_PX} px random crops, one core", "images/s", "cpu", targets)][: device == "cpu"]
+    files = Row(f"image pipeline, {SIZE_PX} px random crops, one core", "images/s", "cpu", targets)
+    shards = Row("the same from prepared shards", "images/s", "cpu", (Target("plain", ">=", 4.0),))
+    return [files, shards] if device == "cpu" else []
 
 
 def rows(device: str, quick: bool = False, data: Path = DATA) -> list[Row]:
-    """Measure it; `quick`: one round. Without the images nothing is measured."""
+    """Measure them; `quick`: one round. Without the images nothing is measured."""
     found = planned(device)
     if not found or not data.is_dir():
         return found
@@ -155,19 +162,42 @@ def rows(device: str, quick: bool = False, data: Path = DATA) -> list[Row]:
     limit = DecodeOnly(source, fastest)
     arms = {"ours": ours(source, fastest), "plain": plain(data), "normalised": ours(source, fastest, on_host=True)}
     arms |= {decoder: ours(source, decoder) for decoder in (PILLOW_SCALED, PILLOW) if decoder != fastest}
-    with one_thread():
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        arms |= {arm: ours(prepared(data, Path(folder) / arm, kind), fastest) for arm, kind in SHARDS.items()}
         seconds = processor_seconds(arms, limit, 1 if quick else 9, images_a_round(len(source)))
-    headline = Timings({name: seconds[name] for name in ("ours", "plain", "limit")})
-    row = headline.row(found[0], dict.fromkeys(headline.seconds, images_a_round(len(source))))
-    others = {
-        name: statistics.median(a / b for a, b in zip(seconds["plain"], seconds[name], strict=True))
-        for name in arms.keys() - {"ours", "plain"}
-    }
-    note = f"decoder {fastest}; the limit reads and decodes; × plain with mirroring and normalising on the same core"
-    note += f" {others.pop('normalised'):.2f}" + "".join(
-        f", with decoder {n} {x:.2f}" for n, x in sorted(others.items())
+    images = images_a_round(len(source))
+    return [of_files(found[0], seconds, images, fastest), of_shards(found[1], seconds, images, fastest)]
+
+
+def prepared(data: Path, out: Path, kind: Any) -> Source:
+    prepare(
+        data=str(data), out=out, short_side=SHORT_SIDE_PX, quality=QUALITY, format=kind, max_bad_fraction=1.0,
+        workers=0, quiet=True,
+    )  # fmt: skip
+    return open_source(str(out))
+
+
+def of_files(row: Row, seconds: dict[str, list[float]], images: int, decoder: str) -> Row:
+    arms = {name: seconds[name] for name in ("ours", "plain", "limit")}
+    others = {name: against_plain(seconds, name) for name in (PILLOW, PILLOW_SCALED) if name in seconds}
+    note = f"decoder {decoder}; the limit reads and decodes; × plain with mirroring and normalising on the same core"
+    note += f" {against_plain(seconds, 'normalised'):.2f}" + "".join(
+        f", with decoder {n} {x:.2f}" for n, x in others.items()
     )
-    return [replace(row, note=note)]
+    return replace(Timings(arms).row(row, dict.fromkeys(arms, images)), note=note)
+
+
+def of_shards(row: Row, seconds: dict[str, list[float]], images: int, decoder: str) -> Row:
+    arms = {"ours": seconds["shards"], "plain": seconds["plain"]}
+    note = (
+        f"decoder {decoder}; shorter side {SHORT_SIDE_PX} px, JPEG quality {QUALITY}, only the crop is decoded; "
+        f"× plain as raw pixels {against_plain(seconds, 'raw'):.2f}"
+    )
+    return replace(Timings(arms).row(row, dict.fromkeys(arms, images)), note=note)
+
+
+def against_plain(seconds: dict[str, list[float]], arm: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds["plain"], seconds[arm], strict=True))
 
 
 def processor_seconds(

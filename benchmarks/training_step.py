@@ -7,7 +7,7 @@ for xAR an average of the weights. Ours takes uint8 images (or latents) as our l
 `training.compile` where the row says so; the plain path takes float32 images, as per-sample transforms leave them.
 
 The ceiling is one large square product in the precision of the row; its rate, divided by the floating-point operations
-that the plain model needs for one image (all tokens, forward and backward), is the limit.
+that the plain model needs for one image (all tokens, forward and backward; `training/flops.py`), is the limit.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Row, Target, interleaved, matmul, peak_gib, run_alone
-from benchmarks.reference import PlainXTRA
 from benchmarks.reference_steps import Precision, Step, plain_step, plain_xar, plain_xtra
-from benchmarks.reference_xar import PlainXAR
 from nextblock.data.preprocess import Preprocessing, normalize
 from nextblock.jobs.generator_data import drawn_for
 from nextblock.jobs.training_run import compile_layers
 from nextblock.randomness import uniforms
+from nextblock.training.activation_checkpointing import checkpoint_layers
 from nextblock.training.config import TrainingConfig
 from nextblock.training.ema import EMA
+from nextblock.training.flops import xar_flops, xtra_flops
 from nextblock.training.launch import launch
 from nextblock.training.loop import Meters, clipped_update
 from nextblock.training.optimizer import make_optimizer
@@ -61,6 +60,7 @@ class Case:
     arms: tuple[str, ...] = ("plain", "second")
     compiled: bool = True
     memory: Row | None = None
+    checkpointing: str = "none"
 
 
 def cases(device: str) -> list[Case]:
@@ -81,6 +81,15 @@ def cases(device: str) -> list[Case]:
     return [
         Case(row(name, plain(2.0), second(1.15), limit(0.45)), "xtra_b16", "bf16", 128, memory=memory),
         Case(row("XTRA-H/14 training step, bf16", limit(0.5)), "xtra_h14", "bf16", 64, ()),
+        Case(
+            row("XTRA-H/14 training step, bf16, selective checkpointing", limit(0.5)),
+            "xtra_h14",
+            "bf16",
+            128,
+            (),
+            memory=row("XTRA-H/14 step, selective checkpointing, peak memory", unit="GiB"),
+            checkpointing="selective",
+        ),
         Case(row("xAR-B training step, bf16", plain(1.5), limit(0.4)), "xar_b", "bf16", 64),
     ]
 
@@ -124,7 +133,10 @@ class XTRACase:
     def ours(self) -> Step:
         model = XTRA(self.config).to(self.device)
         case = self.case
-        return ours_xtra_step(model, self.pixels, self.device, precision=case.precision, compiled=case.compiled)[0]
+        return ours_xtra_step(
+            model, self.pixels, self.device, precision=case.precision, compiled=case.compiled,
+            checkpointing=case.checkpointing,
+        )[0]  # fmt: skip
 
     def reference(self, second: bool) -> Step:
         model = plain_xtra(XTRA(self.config).to(self.device), predictor_fp32=not second)
@@ -138,10 +150,8 @@ class XTRACase:
         )  # fmt: skip
 
     def flops(self) -> float:
-        with torch.device("meta"):
-            return flops_of(
-                PlainXTRA(self.config, predictor_fp32=False), torch.empty(1, self.config.channels, *self.config.image)
-            )
+        """Floating-point operations of one image in a forward and backward pass of the plain model."""
+        return float(xtra_flops(self.config, full_sequence=True).training)
 
     def rows(self) -> list[Row]:
         case, device = self.case, self.device
@@ -160,7 +170,9 @@ class XTRACase:
         return [replace(timed.row(case.row, amounts), note=self.note()), *found]
 
     def note(self) -> str:
-        return f"batch {self.case.batch}" + (", layers compiled" if self.case.compiled else "")
+        case = self.case
+        checkpointing = f", {case.checkpointing} checkpointing" if case.checkpointing != "none" else ""
+        return f"batch {case.batch}" + (", layers compiled" if case.compiled else "") + checkpointing
 
 
 class XARCase(XTRACase):
@@ -192,21 +204,11 @@ class XARCase(XTRACase):
         return self.plain_step(model, [self.latents, self.labels], second, optimizer=XAR_OPTIMIZER, ema=EMA_DECAY)
 
     def flops(self) -> float:
-        with torch.device("meta"):
-            latents, labels = torch.empty(1, self.config.latent_channels, *self.config.latent), torch.zeros(1).long()
-            model = PlainXAR(self.config)
-            return flops_of(model, latents, labels)
+        return float(xar_flops(self.config).training)
 
 
 def pinned(x: Tensor, device: str) -> Tensor:
     return x.pin_memory() if device == "cuda" else x
-
-
-def flops_of(model: torch.nn.Module, *batch: Tensor) -> float:
-    """Floating-point operations of the products of one forward and backward pass, on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(*batch).backward()
-    return float(counter.get_total_flops())
 
 
 def ours_step(
@@ -219,6 +221,7 @@ def ours_step(
 ) -> Step:
     """One step as `training.loop` takes it; `batch` gives what the model is called with, on the device."""
     fabric = launch(config)
+    checkpoint_layers(model, config.activation_checkpointing)
     if compiled:
         compile_layers(model)
     wrapped = fabric.setup_module(model)
@@ -243,7 +246,7 @@ def ours_step(
 
 
 def ours_xtra_step(
-    model: XTRA, pixels: Tensor, device: str, *, precision: Precision, compiled: bool
+    model: XTRA, pixels: Tensor, device: str, *, precision: Precision, compiled: bool, checkpointing: str = "none"
 ) -> tuple[Step, Callable[[], Tensor]]:
     """Our step on uint8 images [B, H, W, C] in host memory, and a function that gives the same images as float32."""
     preprocessing = Preprocessing(size_px=model.config.image)
@@ -253,8 +256,9 @@ def ours_xtra_step(
         return (normalize(pixels.to(device, non_blocking=True), flip.to(device), preprocessing),)
 
     config = TrainingConfig(
-        device=device, precision=precision, batch_size=len(pixels), lr=1e-3, warmup_epochs=0, compile=compiled
-    )
+        device=device, precision=precision, batch_size=len(pixels), lr=1e-3, warmup_epochs=0, compile=compiled,
+        activation_checkpointing=checkpointing,
+    )  # fmt: skip
     return ours_step(model, images, config, compiled=compiled), lambda: images()[0]
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from benchmarks import bench, sampling_speed, training_step
 from benchmarks.measure import NOT_MEASURED, Row, Target
 from benchmarks.reference import PlainXTRA
 from benchmarks.reference_xar import PlainXAR
-from torch.utils.flop_counter import FlopCounterMode
-
 from nextblock.training.flops import xtra_flops
 
 ROOT = Path(__file__).parents[2]

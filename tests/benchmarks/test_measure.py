@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+
 from benchmarks.measure import NOT_MEASURED, Row, Target, Timings, interleaved, quartiles
 
 TARGETS = (Target("plain", ">=", 2.0), Target("limit", ">=", 0.45))

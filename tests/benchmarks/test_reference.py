@@ -7,11 +7,11 @@ from itertools import count
 
 import pytest
 import torch
-from benchmarks.reference_steps import plain_sample, plain_step, plain_xar, plain_xtra
-from benchmarks.training_step import ours_xtra_step
 from torch import Tensor
 
 import nextblock as nb
+from benchmarks.reference_steps import plain_sample, plain_step, plain_xar, plain_xtra
+from benchmarks.training_step import ours_xtra_step
 from close import assert_close
 from nextblock.xar.sampler import sample_latents
 

@@ -3,13 +3,18 @@
 import contextlib
 import errno
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from nextblock.data import decode as decode_module
+from nextblock.data.bombs import scans
 from nextblock.data.decode import decode, read_bytes
+from nextblock.data.decoders import decode_crop
 from nextblock.errors import DataError, SampleError
 
 RED = np.full((6, 8, 3), (255, 0, 0), dtype=np.uint8)
@@ -183,6 +188,98 @@ def test_decompression_bombs_are_refused_from_the_header() -> None:
     with warnings.catch_warnings(), pytest.raises(SampleError, match="decoded"):
         warnings.simplefilter("error")  # Pillow would warn from 89 million pixels on
         decode(b"P5 9500 9500 255\n", "x")
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "TIFF", "BMP"])
+@pytest.mark.parametrize("size", [(65500, 1), (1, 65500), (1, 1)])
+def test_the_longest_sides_and_the_smallest_image(fmt: str, size: tuple[int, int]) -> None:
+    pixels = decode(encoded(Image.new("RGB", size, (10, 200, 30)), fmt), "x")
+    assert pixels.shape == (size[1], size[0], 3)
+    assert np.abs(pixels.astype(int) - [10, 200, 30]).max() <= 3
+
+
+def test_ycck_jpeg() -> None:
+    """Red is no cyan, all magenta and yellow, no black; stored inverted, as Adobe does: 255, 0, 0 and 255.
+
+    YCCK holds the complement of the first three, cyan, as Y, Cb, Cr (JFIF's equations): 179, 171, 0. Pillow writes no
+    YCCK, so these are written as the inks of a CMYK file, which it inverts, and the Adobe marker is changed.
+    """
+    written = Image.new("CMYK", (16, 16), (255 - 179, 255 - 171, 255 - 0, 255 - 255))
+    content = bytearray(encoded(written, "JPEG", quality=100))
+    content[content.index(b"Adobe") + 11] = 2
+    assert np.abs(decode(bytes(content), "x")[8, 8].astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize(("fmt", "extension"), [("GIF", ".png"), ("WEBP", ".jpg"), ("JPEG", ".tif"), ("BMP", "")])
+def test_every_wrong_extension(fmt: str, extension: str, tmp_path) -> None:
+    path = tmp_path / f"wrong{extension}"
+    path.write_bytes(encoded(Image.fromarray(RED), fmt))
+    assert np.abs(decode(path, "x").astype(int) - [255, 0, 0]).max() <= 3
+
+
+def test_transparency_of_large_images_is_composited_in_bands(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (37, 11, 4), dtype=np.uint8))
+    palette = Image.fromarray(rng.integers(0, 256, (37, 11, 3), dtype=np.uint8)).quantize(8)
+    contents = [encoded(rgba), encoded(rgba.convert("LA")), encoded(palette, transparency=2)]
+    for channels in (1, 3):
+        expected = [decode(content, "x", channels=channels) for content in contents]
+        for pixels in (1, 40, 110):  # a row at a time, three rows, ten
+            monkeypatch.setattr(decode_module, "_BAND_PIXELS", pixels)
+            found = [decode(content, "x", channels=channels) for content in contents]
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        monkeypatch.undo()
+
+
+def jpeg_of_scans(count: int, height: int = 64, width: int = 64) -> bytes:
+    """A progressive JPEG whose last scan is repeated until there are `count`."""
+    content = encoded(Image.new("L", (width, height), 128), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * (count - scans(content) + 1) + content[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    assert scans(jpeg_of_scans(30)) == 30
+    assert decode(jpeg_of_scans(100), "x").shape == (64, 64, 3)
+    for decoder in ("pillow", "pillow-scaled"):
+        with pytest.raises(SampleError, match="a JPEG of more than 100 scans"):
+            decode_crop(jpeg_of_scans(101), "x", lambda h, w: (0, 0, h, w), (8, 8), decoder=decoder)
+
+
+def test_scans_behind_an_image_are_not_its_own() -> None:
+    """A film in the same file, as telephones make them, or a preview in its metadata."""
+    plain = encoded(Image.fromarray(RED), "JPEG")
+    film = plain + b"\xff\xda" * 1000
+    preview = plain[:2] + b"\xff\xe1" + (2 + 2000).to_bytes(2, "big") + b"\xff\xda" * 1000 + plain[2:]
+    for content in (film, preview):
+        assert scans(content) == 1
+        assert np.array_equal(decode(content, "x"), decode(plain, "x"))
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    """8 bits a pixel, each row ended after its first pixel."""
+    rows = b"\1\0\0\0" * height + b"\0\1"
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(rows), 0, 0, 1078) + header + bytes(1024) + rows
+
+
+def test_slow_bmp_and_ppm_files_are_refused() -> None:
+    assert decode(run_length_bmp(30, 4), "x").shape == (4, 30, 3)
+    with pytest.raises(SampleError, match=r"a run-length BMP of 4000000 x 44 pixels, more than the limit of 16777216"):
+        decode(run_length_bmp(4_000_000, 44), "x")
+    text = b"P3 2 1 255\n%b 1 2 3 4 5 6 "
+    assert decode(text % (b"# made by hand\n" * 1000), "x").tolist() == [[[1, 2, 3], [4, 5, 6]]]
+    with pytest.raises(SampleError, match="a PPM in text with more than 1000 comments"):
+        decode(text % (b"# \n" * 1001), "x")
+
+
+def test_bombs_in_the_metadata_of_png_are_refused() -> None:
+    content = encoded(Image.fromarray(RED))
+    body = b"key\0\0" + zlib.compress(bytes(2_000_000))
+    for kind in (b"zTXt", b"iCCP"):
+        chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        with pytest.raises(SampleError, match="too large"):
+            decode(content[:33] + chunk + content[33:], "x")
 
 
 def test_transient_read_errors_are_tried_again(tmp_path, monkeypatch) -> None:

@@ -91,12 +91,11 @@ def test_a_scaled_crop_shows_the_same_part_the_same_way_up(
 
 @pytest.mark.parametrize("decoder", SCALED)
 def test_the_scale_makes_large_files_small(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    content, seen = jpeg(picture(800, 600)), []
-    upright = decoders._upright
-    monkeypatch.setattr(decoders, "_upright", lambda pixels, o: seen.append(pixels.shape) or upright(pixels, o))
+    content, seen, scaled = jpeg(picture(800, 600)), [], decoders._scaled
+    monkeypatch.setattr(decoders, "_scaled", lambda *given: seen.append(given[3]) or scaled(*given))
     decode_crop(content, "x", whole, (90, 70), decoder=decoder)
     decode_crop(content, "x", part, (90, 70), decoder=decoder)
-    assert seen == [(100, 75, 3), (200, 150, 3)]
+    assert seen == [100, 75, 200, 150]
 
 
 KINDS = {
@@ -204,6 +203,44 @@ def test_torch_resizes_as_pillow_does(sides: tuple[int, int], channels: int) -> 
     assert resized.flags.c_contiguous
     assert distance(resized, random_resized_crop(pixels, (0, 0, *sides), (31, 23)))[0] <= 1
     assert (resize_by_torch(np.full((*sides, channels), 255, np.uint8), (31, 23)) == 255).all()
+
+
+def test_torch_resizes_as_its_public_function_does_and_into_what_is_given() -> None:
+    pixels = np.asarray(picture(70, 91))
+    image = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image, (31, 23), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    batch = np.zeros((3, 31, 23, 3), dtype=np.uint8)
+    assert np.shares_memory(resize_by_torch(pixels, (31, 23), batch[1]), batch)
+    assert np.array_equal(batch[1], expected.numpy())
+    assert not batch[::2].any()
+
+
+@pytest.mark.parametrize("decoder", ["pillow", *SCALED])
+def test_a_crop_is_written_where_it_is_wanted(decoder: str) -> None:
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    pixels = np.asarray(picture(50, 40))
+    for content in (jpeg(picture(50, 40)), jpeg(picture(50, 40), exif=turned), pixels, picture(50, 40)):
+        out = np.zeros((16, 18, 3), dtype=np.uint8)
+        given, made = (decode_crop(content, "x", part, (16, 18), decoder=decoder, out=each) for each in (out, None))
+        assert given is out
+        assert np.array_equal(out, made)
+
+
+@needs_simplejpeg
+def test_crops_do_not_share_memory() -> None:
+    contents = [jpeg(picture(90, 70)), jpeg(Image.new("RGB", (300, 300)))]
+    first, _ = (decode_crop(content, "x", whole, (60, 60), decoder="simplejpeg") for content in contents)
+    assert np.array_equal(first, decode_crop(contents[0], "x", whole, (60, 60), decoder="simplejpeg"))
+    assert first.any()
+
+
+@needs_simplejpeg
+def test_images_too_large_for_the_kept_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = jpeg(picture(90, 70))
+    expected = decode_crop(content, "x", part, (20, 20), decoder="simplejpeg")
+    monkeypatch.setattr(decoders, "_KEPT_BYTES", 1000)
+    assert np.array_equal(decode_crop(content, "x", part, (20, 20), decoder="simplejpeg"), expected)
 
 
 def test_an_unknown_decoder_and_one_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from PIL import Image, JpegImagePlugin
 
 from nextblock.data.augment import CropConfig
 from nextblock.data.decode import decode
+from nextblock.data.jpeg_units import UnitJpeg, are_as_listed
 from nextblock.data.loading import training_batches
 from nextblock.data.prepared import Encoding, PreparedImages, is_prepared, open_prepared, source
 from nextblock.data.prepared.about import ABOUT, About
@@ -124,6 +125,30 @@ def test_formats() -> None:
     assert sampling == {"4:4:4": 0, "4:2:0": 2}
     sizes = [len(encode(large, "x", Encoding(quality=quality)).content) for quality in (50, 90, 95)]
     assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("chroma", ["4:2:0", "4:4:4"])
+def test_a_part_of_a_jpeg_can_be_decoded_alone_and_the_pixels_are_those_of_an_ordinary_one(chroma: str) -> None:
+    pixels, encoding = noise(90, 100), Encoding(80, quality=85, chroma=chroma)
+    for given in (pixels, pixels[:, :, :1]):
+        found = stored(encode(given, "x", encoding).content)
+        assert isinstance(found, UnitJpeg)
+        assert are_as_listed(found)
+        reduced = stored(encode(given, "x", Encoding(80, format="raw")).content)
+        assert isinstance(reduced, np.ndarray)
+        ordinary = file(reduced, quality=85, **({} if given.shape[2] == 1 else {"subsampling": chroma}))
+        assert np.array_equal(decode(found, "x"), decode(ordinary, "x"))
+        assert type(stored(ordinary)) is bytes
+
+
+def test_a_list_of_units_is_copied_only_when_it_is_right() -> None:
+    listed = encode(noise(90, 100), "x", Encoding(80)).content
+    assert encode(listed, "x", Encoding(80)) == (listed, "copied")
+    wrong = bytearray(listed)
+    wrong[40:60] = bytes(20)
+    found = encode(bytes(wrong), "x", Encoding(80))
+    assert found.kind == "jpeg"
+    assert are_as_listed(found.content)
 
 
 def test_a_broken_image_is_told_by_its_name() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from close import assert_close
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.data.latents import adm_center_crop, cache, making, open_latents
 from nextblock.data.sources import open_source
@@ -105,6 +106,25 @@ def test_batch_size_and_workers_change_rounding_only(asked: dict[str, Any], tmp_
     other = open_latents(cache_latents(**asked | {"batch_size": 24}, out=tmp_path / "other", dtype="float32"))
     a, b = (made.moments(range(24), [True] * 24) for made in (one, other))
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_cpu_takes_few_pixels_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of images, and what it gives is the moments of each and of its mirror image."""
+    model, passes = open_vae(vae), []
+    assert isinstance(model, Autoencoder)
+    x = torch.randn(5, 3, 8, 16)
+    want = torch.stack([model.moments(x), model.moments(x.flip(3))], dim=1)
+    moments = model.moments
+    monkeypatch.setattr(model, "moments", lambda images: passes.append(len(images)) or moments(images))
+    monkeypatch.setattr(making, "CPU_PASS_PIXELS", 4 * 8 * 16)
+    found = making._both_moments(model, x)
+    assert passes == [4, 4, 2]
+    assert_close(found, want, 1e-5)
+    assert torch.equal(making._both_moments(model, x[:2]), found[:2])  # the same passes, the same bytes
+    monkeypatch.setattr(making, "CPU_PASS_PIXELS", 8)
+    passes.clear()
+    assert_close(making._both_moments(model, x), want, 1e-5)
+    assert passes == [1] * 10
 
 
 @pytest.mark.parametrize("moment", ["first batch", "third shard", "shard on disk, not recorded", "before the end"])

@@ -30,7 +30,33 @@ def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "step-00000001")["step"] == 5
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "no state", "no record", "empty record"])
+def test_later_ones_that_cannot_be_read_do_not_push_out_the_whole_ones(tmp_path: Path) -> None:
+    """A run that went on from step 1, as 7 and 9 are damaged, saves 2: they are not among the newest of it."""
+    for step in (1, 7, 9):
+        save_checkpoint(tmp_path, step, state(step), keep=3)
+    for step in (7, 9):
+        (tmp_path / f"step-{step:08d}" / "state.pt").write_bytes(b"")
+    save_checkpoint(tmp_path, 2, state(2), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_the_same_step_twice_is_found_and_the_second_is_newer(tmp_path: Path) -> None:
+    """As after a loss of power, before the second has taken the place of the first."""
+    save_checkpoint(tmp_path / "b", 1, state(5), keep=2)
+    save_checkpoint(tmp_path, 1, state(1), keep=2)
+    (tmp_path / "b" / "step-00000001").rename(tmp_path / "step-00000001.1")
+    assert newest_checkpoint(tmp_path)[1]["step"] == 5
+    (tmp_path / "step-00000001.1" / "state.pt").unlink()
+    assert newest_checkpoint(tmp_path)[1]["step"] == 1
+    saved = save_checkpoint(tmp_path, 1, state(3), keep=2)
+    assert saved == tmp_path / "step-00000001"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
+    assert read_checkpoint(saved)["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "no state", "no record", "empty record", "record of another step"]
+)
 def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
     save_checkpoint(tmp_path, 1, state(1), keep=2)
     newest = save_checkpoint(tmp_path, 2, state(2), keep=2)
@@ -43,6 +69,8 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, damage: str
         file.write_bytes(content[:-10])
     elif damage == "empty record":
         file.write_text("{}")
+    elif damage == "other record":
+        file.write_text(file.read_text().replace('"step": 2', '"step": 3'))
     else:
         file.unlink()
     told: list[str] = []

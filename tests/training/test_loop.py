@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nextblock.data.stream import BadSample, Batch
 from nextblock.errors import RunError
 from nextblock.training.config import TrainingConfig
-from nextblock.training.loop import Intervals, Meters, train
+from nextblock.training.loop import Intervals, Meters, NotFinite, train
 from nextblock.training.optimizer import make_optimizer, parameter_groups
 from nextblock.training.plan import Plan
 
@@ -146,8 +146,35 @@ def test_too_many_in_a_row_stop_the_run() -> None:
     def broken(model: nn.Module, batch: Batch, step: int) -> Tensor:
         return regress(model, batch, step) * (float("nan") if step >= 6 else 1.0)
 
-    with pytest.raises(RunError, match=r"for 3 steps in a row.*positions 64 to 71"):
+    with pytest.raises(RunError, match=r"for 3 steps in a row.*positions 64 to 71") as error:
         run(broken, max_nonfinite_steps=3)
+    assert isinstance(error.value, NotFinite)
+    assert (error.value.step, error.value.since) == (8, 0)
+
+
+def test_a_streak_that_has_ended_is_told_with_the_steps_since() -> None:
+    """Between two logs nobody looks: the steps after the streak were taken."""
+
+    def broken(model: nn.Module, batch: Batch, step: int) -> Tensor:
+        return regress(model, batch, step) * (float("nan") if 2 <= step < 5 else 1.0)
+
+    with pytest.raises(NotFinite, match="for 3 steps in a row") as error:
+        run(broken, max_nonfinite_steps=3, intervals=Intervals(log=10))
+    assert (error.value.step, error.value.since) == (4, 5)
+
+
+def test_a_gradient_whose_square_overflows_is_skipped_too() -> None:
+    """Its norm is finite where it has one number; the optimiser's second moment would not be."""
+
+    def steep(model: nn.Module, batch: Batch, step: int) -> Tensor:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("3.bias"))
+        return regress(model, batch, step) * (1e25 if step == 1 else 1.0)
+
+    memory, model = run(steep, clip_grad_norm=0.0, intervals=Intervals(log=1, checkpoint=1))
+    assert [row["skipped"] for row in memory.rows][:3] == [0, 1, 1]
+    leaves = torch.utils._pytree.tree_leaves([memory.saved[20]["optimizer"], list(model.parameters())])
+    assert all(leaf.isfinite().all() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

@@ -18,6 +18,7 @@ from nextblock.training.memory import (
     bytes_per_image,
     bytes_to_come,
     free_bytes,
+    machine_free_bytes,
     require_room,
     require_room_for,
     saved_bytes,
@@ -138,3 +139,56 @@ def test_running_statistics_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_memory_is_that_of_the_machine() -> None:
     free = free_bytes(CPU)
     assert free is None or 2**20 < free < 2**50
+
+
+def machine(root: Path, **files: str) -> Path:
+    """A made-up machine with 8 GiB free; file names with __ for /."""
+    lines = {"proc__meminfo": "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n"} | files
+    for name, text in lines.items():
+        file = root / name.replace("__", "/").replace("memory_", "memory.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+V2, V1 = "sys__fs__cgroup__", "sys__fs__cgroup__memory__"
+
+
+def test_without_control_groups_the_machine_counts(tmp_path: Path) -> None:
+    assert machine_free_bytes(tmp_path) is None
+    assert machine_free_bytes(machine(tmp_path)) == 8 * GIB
+
+
+def test_a_container_has_what_is_left_of_its_limit(tmp_path: Path) -> None:
+    files = {"memory_max": f"{4 * GIB}\n", "memory_current": f"{3 * GIB}\n"}
+    v2 = {V2 + name: text for name, text in files.items()}
+    assert machine_free_bytes(machine(tmp_path / "bare", **v2)) == GIB
+    # the path of the host, which is not there inside
+    assert machine_free_bytes(machine(tmp_path / "host", proc__self__cgroup="0::/docker/1a2b\n", **v2)) == GIB
+    # 2 GiB of what is used are files read before, and go when they must
+    cached = v2 | {V2 + "memory_stat": f"anon {GIB}\ninactive_file {2 * GIB}\n"}
+    assert machine_free_bytes(machine(tmp_path / "cached", **cached)) == 3 * GIB
+    v1 = {V1 + "memory_limit_in_bytes": f"{4 * GIB}", V1 + "memory_usage_in_bytes": f"{3 * GIB}"}
+    v1 |= {V1 + "memory_stat": f"inactive_file 5\ntotal_inactive_file {GIB}\n"}
+    assert machine_free_bytes(machine(tmp_path / "v1", **v1)) == 2 * GIB
+    lines = "5:cpu,cpuacct:/a\n4:memory:/docker/1a2b\n0::/\n"
+    assert machine_free_bytes(machine(tmp_path / "v1 host", proc__self__cgroup=lines, **v1)) == 2 * GIB
+
+
+def test_the_smallest_of_all_limits_above_the_process_counts(tmp_path: Path) -> None:
+    def groups(name: str, outer: str, inner: str) -> Path:
+        files = {V2 + "slurm__memory_max": outer, V2 + "slurm__memory_current": f"{GIB}"}
+        files |= {V2 + "slurm__job__memory_max": inner, V2 + "slurm__job__memory_current": f"{GIB}"}
+        return machine(tmp_path / name, proc__self__cgroup="0::/slurm/job\n", **files)
+
+    assert machine_free_bytes(groups("inner", f"{6 * GIB}", f"{3 * GIB}")) == 2 * GIB
+    assert machine_free_bytes(groups("outer", f"{2 * GIB}", "max\n")) == GIB
+    assert machine_free_bytes(groups("machine", f"{50 * GIB}", f"{40 * GIB}")) == 8 * GIB
+    assert machine_free_bytes(groups("over", f"{GIB // 2}", "max")) == 0
+
+
+def test_no_limit_and_what_cannot_be_read_refuse_nothing(tmp_path: Path) -> None:
+    unlimited = {V1 + "memory_limit_in_bytes": "9223372036854771712", V1 + "memory_usage_in_bytes": "5"}
+    assert machine_free_bytes(machine(tmp_path / "none", **unlimited)) == 8 * GIB
+    odd = {V2 + "memory_max": "soon", V2 + "memory_current": "5", "proc__self__cgroup": "odd\n\n0::/../..\n"}
+    assert machine_free_bytes(machine(tmp_path / "odd", **odd)) == 8 * GIB

@@ -13,7 +13,7 @@
 | a wrong file extension | ignored: the content decides |
 | EXIF orientation 1 to 8 | applied, or not, as asked; TIFF's own orientation tag is always applied |
 | damaged EXIF in a whole image | orientation 1 |
-| damage, truncation, other formats, too many pixels | `SampleError` |
+| damage, truncation, other formats, too many pixels, or what `bombs.py` lists | `SampleError` |
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from nextblock.data.bombs import refuse_slow
+from nextblock.data.heartbeat import reading
 from nextblock.errors import DataError, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to go on
+_BAND_PIXELS = 2**24  # composited at once: three copies of the largest image would be two gigabytes
 
 Content = bytes | str | os.PathLike[str] | np.ndarray | Image.Image
 
@@ -89,6 +92,7 @@ def read_bytes(
     file's fault, and replacing the sample would silently change the data.
     """
     for attempt in range(attempts):
+        reading(name or os.fspath(path))
         try:
             with open(path, "rb") as file:
                 return file.read()
@@ -198,6 +202,8 @@ def open_checked(content: bytes | Image.Image, name: str, channels: int, max_pix
         raise SampleError(name, f"{width} x {height} pixels are more than the limit of {max_pixels}")
     if not width * height:
         raise SampleError(name, "the image has no pixels")
+    if isinstance(content, bytes):
+        refuse_slow(image, content, name)
     return image
 
 
@@ -221,12 +227,24 @@ def _to_8_bit(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """The image in mode L (1 channel) or RGB (3), what is transparent on white."""
-    if image.has_transparency_data:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "RGB" if channels == 3 else "L"
-    return image if image.mode == mode else image.convert(mode)
+    if not image.has_transparency_data:
+        return image if image.mode == mode else image.convert(mode)
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    if rows >= height:
+        return _on_white(image).convert(mode)
+    whole = Image.new(mode, image.size)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(height, top + rows)))
+        whole.paste(_on_white(band).convert(mode), (0, top))
+    return whole
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("LA") if image.mode == "La" else image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def as_pixels(image: Image.Image) -> NDArray[np.uint8]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from nextblock.data.named.copies import hub, parquet, prepared, saved, split_fol
 from nextblock.data.named.dataset import Splits
 from nextblock.data.named.opening import choose_splits, find_layout, join_splits, open_splits, spelled
 from nextblock.data.selection import held_out
-from nextblock.data.sources import Source, open_source
+from nextblock.data.sources import Source, is_local, is_pattern, open_source
 from nextblock.data.sources.table import open_dataset
 from nextblock.data.sources.views import Subset, WithLabels, class_names, known_labels, renumbered
+from nextblock.data.sources.web_connections import plain
 from nextblock.errors import DataError, nearest
 
 _TESTS = ("test", "val")  # in this order, where nobody says which; their other spellings count
@@ -108,6 +108,9 @@ def _find(spec: Any, root: str | Path | None, columns: Columns) -> _Found:
             return _find_named(spec, root, columns)
         if spec.startswith("hf:"):
             return _find_on_hub(spec, columns)
+        if not is_local(spec) or is_pattern(spec):
+            name = os.path.basename(plain(spec))
+            return _Found(name, whole=open_source(spec, image_column=columns.image, label_column=columns.label))
         _require_known(spec)
     if isinstance(spec, str | os.PathLike):
         return _find_path(Path(spec).expanduser(), columns)
@@ -144,7 +147,7 @@ def _find_on_hub(spec: str, columns: Columns) -> _Found:
 
 
 def _require_known(spec: str) -> None:
-    if os.path.exists(os.path.expanduser(spec)) or glob.has_magic(spec):
+    if os.path.exists(os.path.expanduser(spec)):
         return
     parent, last = os.path.split(os.path.abspath(os.path.expanduser(spec)))
     siblings = os.listdir(parent) if os.path.isdir(parent) else []

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import platform
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -14,12 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.data.augment import resize_and_crop
+from nextblock.data.heartbeat import Heartbeats, reading
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import Source
 from nextblock.data.stream import BadSample, Batch, load_sample
-from nextblock.errors import DataError, NextblockError, SampleError
+from nextblock.data.workers import StartWorker, arrived, context, quiet_deaths, tick_s
+from nextblock.errors import NextblockError, SampleError
 
-TIMEOUT_S = 120
+TIMEOUT_S = 25  # with a tick and the end of the workers, a hung one is told within 30 s
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
@@ -54,8 +53,9 @@ def training_batches(
     """One batch for each element of `plan`, a list of global positions; in order.
 
     The workers start now, not at the first batch. `plan` may be endless: it is read at most
-    `workers * prefetch` elements ahead. Raises DataError when the data fail, when a worker dies, and when a
-    batch takes longer than `timeout_s`.
+    `workers * prefetch` elements ahead. Raises DataError when the data fail, when a worker dies, and when the
+    worker whose batch is waited for takes longer than `timeout_s` for one sample (for a stream that announces no
+    samples by `heartbeat.reading`: for one batch).
     """
     return _batches(stream.load, plan, workers, pin_memory, prefetch, timeout_s)
 
@@ -116,11 +116,14 @@ class _Loader(Dataset[Any]):
         self._load = load
 
     def __getitem__(self, positions: Sequence[int]) -> Any:
+        reading("")
         try:
             return self._load(positions)
         except NextblockError as error:
             # Handed over as a value: DataLoader would raise it again with the worker's traceback as message.
             return error
+        finally:
+            reading("")
 
 
 def _batches(
@@ -131,6 +134,8 @@ def _batches(
     prefetch: int,
     timeout_s: float,
 ) -> Iterator[B]:
+    processes = context() if workers else None
+    beats = Heartbeats(processes, workers) if workers else None
     loader = DataLoader(
         _Loader(load),
         sampler=plan,
@@ -138,66 +143,28 @@ def _batches(
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        timeout=timeout_s if workers else 0,
+        timeout=tick_s(timeout_s) if workers else 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        multiprocessing_context=_context() if workers else None,
+        worker_init_fn=StartWorker(beats) if beats else None,
+        multiprocessing_context=processes,
         generator=torch.Generator(),  # its own: DataLoader draws a number, and must not touch the global one
     )
-    return _unwrapped(iter(loader), timeout_s)
+    with quiet_deaths():
+        batches: Any = iter(loader)
+    return _unwrapped(batches, arrived(batches, beats, workers, timeout_s) if beats else batches)
 
 
-def _unwrapped(batches: Iterator[Any], timeout_s: float) -> Iterator[Any]:
+def _unwrapped(batches: Any, arriving: Iterator[Any]) -> Iterator[Any]:
     try:
-        for batch in batches:
+        for batch in arriving:
             if isinstance(batch, NextblockError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        explained = _explain(str(error), timeout_s)
-        if explained is None:
-            raise
-        raise DataError(explained) from error
     finally:
         # Now, not when the iterator is collected: a traceback keeps it alive, and collected as part of a cycle
         # its queues are gone before its workers hear that they should stop.
         if stop := getattr(batches, "_shutdown_workers", None):
             stop()
-
-
-def _explain(text: str, timeout_s: float) -> str | None:
-    """What a RuntimeError of torch's DataLoader means for the person; None when it is a bug in a worker."""
-    if text.startswith("DataLoader timed out"):
-        return (
-            f"no batch arrived within {timeout_s:g} s: the storage hangs, or the workers are too slow. "
-            "Check the storage, use more workers, or raise the timeout."
-        )
-    if text.startswith("DataLoader worker"):
-        return (
-            f"a data worker died ({text.partition(chr(10))[0].rstrip('.')}). Most often memory or /dev/shm ran out: "
-            "use fewer workers or smaller batches. In a script, start the job under `if __name__ == '__main__':`."
-        )
-    return None
-
-
-def _context() -> Any:
-    # A forked worker shares the source's memory, and scripts need no `__main__` guard; but CUDA does not
-    # survive a fork.
-    if platform.system() != "Linux":
-        return multiprocessing.get_context("spawn")
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return multiprocessing.get_context("forkserver" if initialized else "fork")
-
-
-def _start_worker(_: int) -> None:
-    # Control-C and a scheduler's warning go to every process of the group; the main process decides.
-    # Workers end when it tells them to, or when it is gone.
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # A first SIGTERM is the scheduler's, to the whole group; a second one is our own process giving up on this one.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-    torch.set_num_threads(1)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -7,7 +7,7 @@ of the stream is one number, the samples consumed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from nextblock.data.augment import CROP_UNIFORMS, Box, CropConfig, crop_box
 from nextblock.data.decode import decode
 from nextblock.data.decoders import PILLOW, chosen_decoder, decode_crop
 from nextblock.data.erasing import ERASE_UNIFORMS, NOTHING, erase_box
+from nextblock.data.heartbeat import reading
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.randaugment import RandAugment
 from nextblock.data.sources import Source
@@ -87,10 +88,16 @@ class Batch:
         return Batch(**tensors, bad=self.bad)
 
 
-def locate(seed: int, positions: ArrayLike, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+Order = Callable[[int, int, NDArray[np.int64]], NDArray[np.int64]]
+
+
+def locate(
+    seed: int, positions: ArrayLike, length: int, order: Order | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Epoch and sample index at each of the global `positions` [B]; both int64 [B].
 
-    An epoch is one permutation of all `length` samples, a different one each time.
+    An epoch is one permutation of all `length` samples, a different one each time: that of `order` (seed, epoch, places
+    [B] -> indices [B]), for a source whose samples are better not read from everywhere at once, or else any.
     """
     if length < 1:
         raise DataError("a source without images cannot be trained on")
@@ -98,7 +105,10 @@ def locate(seed: int, positions: ArrayLike, length: int) -> tuple[NDArray[np.int
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        indices[here] = shuffled(seed, f"epoch{epoch}", length, places[here])
+        if order is None:
+            indices[here] = shuffled(seed, f"epoch{epoch}", length, places[here])
+        else:
+            indices[here] = order(seed, int(epoch), places[here])
     return epochs, indices
 
 
@@ -140,7 +150,7 @@ class TrainingStream:
         in the batch's `bad`. Raises DataError when 100 in a row are broken, or when the storage fails.
         """
         where = np.asarray(positions, dtype=np.int64)
-        _, indices = locate(self.seed, where, len(self.source))
+        _, indices = locate(self.seed, where, len(self.source), getattr(self.source, "order", None))
         draws = uniforms(self.seed, "crop", where, CROP_UNIFORMS + 1)
         flip = draws[:, CROP_UNIFORMS] < self.crop.flip
         shape = (len(where), *self.crop.size_px, self.preprocessing.channels)
@@ -149,7 +159,7 @@ class TrainingStream:
         bad: list[BadSample] = []
         for row, position in enumerate(where.tolist()):
             u = draws[row, :CROP_UNIFORMS]
-            images[row], label, indices[row] = self._sample(position, int(indices[row]), u, bad)
+            label, indices[row] = self._sample(position, int(indices[row]), u, images[row], bad)
             labels[row] = -1 if label is None else label
         self._augment(images, flip, where)
         return Batch(
@@ -184,13 +194,12 @@ class TrainingStream:
         return {"erase": torch.from_numpy(boxes.reshape(-1, len(NOTHING))), "noise": torch.from_numpy(noise)}
 
     def _sample(
-        self, position: int, index: int, u: NDArray[np.float64], bad: list[BadSample]
-    ) -> tuple[NDArray[np.uint8], int | None, int]:
-        """Crop [*size_px, C], label and index of the first readable sample for `position`; `u` draws the box."""
+        self, position: int, index: int, u: NDArray[np.float64], out: NDArray[np.uint8], bad: list[BadSample]
+    ) -> tuple[int | None, int]:
+        """Label and index of the first readable sample for `position`, its crop in `out`; `u` draws the box."""
         for attempt in range(ATTEMPTS):
             try:
-                crop, label = self._crop_of(index, u)
-                return crop, label, index
+                return self._crop_of(index, u, out), index
             except SampleError as error:
                 last = error
                 bad.append(BadSample(error.name, error.reason, position))
@@ -200,31 +209,36 @@ class TrainingStream:
             f"{ATTEMPTS} samples in a row could not be read, the last one {last}. Are these images?"
         ) from last
 
-    def _crop_of(self, index: int, u: NDArray[np.float64]) -> tuple[NDArray[np.uint8], int | None]:
-        """Crop [*size_px, C] and label of one sample. Raises SampleError when it is broken."""
+    def _crop_of(self, index: int, u: NDArray[np.float64], out: NDArray[np.uint8]) -> int | None:
+        """Label of one sample, its crop in `out` [*size_px, C]. Raises SampleError when it is broken."""
 
         def box_of(height: int, width: int) -> Box:
             return crop_box(height, width, self.crop, u)
 
+        name = self.source.name(index)
+        reading(name)
         sample = self.source[index]
-        crop = decode_crop(
+        decode_crop(
             sample.content,
-            self.source.name(index),
+            name,
             box_of,
             self.crop.size_px,
             decoder=self.decoder,
             channels=self.preprocessing.channels,
             exif_orientation=self.preprocessing.exif_orientation,
+            out=out,
         )
-        return crop, sample.label
+        return sample.label
 
 
 def load_sample(source: Source, index: int, preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], int | None]:
     """Pixels uint8 [H, W, C] and label of one sample. Raises SampleError when it is broken."""
+    name = source.name(index)
+    reading(name)
     sample = source[index]
     pixels = decode(
         sample.content,
-        source.name(index),
+        name,
         channels=preprocessing.channels,
         exif_orientation=preprocessing.exif_orientation,
     )

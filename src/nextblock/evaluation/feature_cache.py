@@ -34,11 +34,6 @@ from nextblock.xtra.model import Encoder
 FORMAT = 1
 
 
-def default_cache() -> Path:
-    """$NEXTBLOCK_CACHE, else ~/.cache/nextblock."""
-    return Path(os.environ.get("NEXTBLOCK_CACHE") or Path.home() / ".cache" / "nextblock")
-
-
 def weights_digest(encoder: Encoder) -> str:
     """SHA-256 over the names, shapes and numbers of the encoder's weights."""
     digest = hashlib.sha256()

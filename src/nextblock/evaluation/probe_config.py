@@ -55,7 +55,7 @@ class ProbeConfig:
         test_fraction: held out for the test where the data have no split of their own.
         max_bad_fraction: a probe stops when more than max(10, this fraction) distinct images are broken.
         workers: loading processes; -1 = chosen from the cores.
-        timeout_s: longest wait for a batch, in seconds.
+        timeout_s: longest wait for a worker to read one sample, in seconds.
         checkpoint_every_minutes: for --resume.
         precision: of encoder and heads: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16".
         device: "auto", "cpu" or "cuda".
@@ -95,7 +95,7 @@ class ProbeConfig:
     test_fraction: float = 0.2
     max_bad_fraction: float = 0.001
     workers: int = -1
-    timeout_s: float = 300.0
+    timeout_s: float = 25.0
     checkpoint_every_minutes: float = 10.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -70,7 +70,8 @@ def cache_latents(
         shard_mb: MiB of moments in a shard, 1024 when left out; memory needed is about twice that.
         max_bad_fraction: stop when more than this part of the images, and more than 10, are broken; 0.001 when left
             out.
-        batch_size: images per forward pass; changes the moments by rounding only.
+        batch_size: images that are encoded together (a CPU takes fewer at a time); changes the moments by rounding
+            only.
         workers: loading processes; -1 = chosen from the cores.
         device: "auto", "cpu" or "cuda".
         quiet: print nothing.

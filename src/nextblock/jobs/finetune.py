@@ -33,8 +33,8 @@ from nextblock.training.run_folder import read_config, require_free, require_job
 # What may differ when a run goes on. Not the passes of a step: BatchNorm and mixing see a whole forward pass.
 FREE_ON_RESUME = {
     "finetune.workers", "finetune.max_bad_fraction", "finetune.evaluate_every_epochs", "training.device",
-    "training.compile", "training.checkpoint_every_steps", "training.checkpoint_every_minutes",
-    "training.keep_checkpoints", "training.max_nonfinite_steps",
+    "training.compile", "training.activation_checkpointing", "training.checkpoint_every_steps",
+    "training.checkpoint_every_minutes", "training.keep_checkpoints", "training.max_nonfinite_steps",
 }  # fmt: skip
 
 Section = Mapping[str, Any] | None

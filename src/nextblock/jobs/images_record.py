@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from nextblock.data.labelled import open_labelled
 from nextblock.data.named import NAMED, is_named
-from nextblock.data.sources import Source, explain_change, open_source, write_manifest
+from nextblock.data.sources import Source, explain_change, is_local, is_pattern, open_source, write_manifest
 from nextblock.errors import DataError, RunError, nearest
 from nextblock.jobs.output import say
 from nextblock.jobs.record import described
@@ -60,7 +59,7 @@ def open_images(place: str | None, asked: Named, given: Any) -> Source:
 
 def _require_known(spec: str, given: str) -> None:
     """Raise DataError, in the words of what was `given`, when `spec` is nothing that can be opened."""
-    if os.path.exists(spec) or is_named(spec) or spec.startswith("hf:") or glob.has_magic(spec):
+    if os.path.exists(spec) or is_named(spec) or not is_local(spec) or is_pattern(spec):
         return
     parent, name = os.path.split(spec)
     siblings = os.listdir(parent) if os.path.isdir(parent) else []

@@ -62,8 +62,9 @@ def prepare(
             leaves room.
         quality: of JPEG, 1 to 100.
         format: "auto": JPEG, and raw pixels where the shorter side is below 64 px; "jpeg"; "png", without loss; "raw",
-            without loss, the largest and the fastest. With auto and jpeg, a JPEG file that is small enough already,
-            upright and not progressive is copied as it is.
+            without loss, the largest and the fastest. Of a JPEG only the part that a crop needs is decoded, but by
+            the decoder pillow. With auto and jpeg, a JPEG file that is small enough already, upright and not
+            progressive is copied as it is.
         chroma: of JPEG: "4:2:0" keeps colour at half the resolution, "4:4:4" at the full one, larger and slower.
         split: which split, where there are several.
         data_root: folder of the benchmark data sets; $NEXTBLOCK_DATA or ./datasets when left out.

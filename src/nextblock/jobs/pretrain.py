@@ -15,9 +15,9 @@ from nextblock.jobs.starting import (
     FREE_ON_RESUME,
     Section,
     absolute,
+    continued,
     given_sections,
     new_folder,
-    resumed,
     take_objects,
 )
 from nextblock.recipes.config import PRETRAIN, SECTIONS, merge, preset_layer, read_recipe, to_yaml, typed
@@ -49,7 +49,8 @@ def pretrain(
         data, model, training, watch: values of the recipe's sections, over everything else; `data["train"]` may
             be any source of images.
         out: the run folder, new or empty; by default a dated one under runs/.
-        resume: a run folder to continue, bit-identically on the same CPU.
+        resume: a run folder to continue, bit-identically on the same CPU; or "auto": continue the run in `out` where
+            there is one, else begin it, so that a launcher can start the same command again.
         init_from: a run or weights folder whose weights to start from.
         print_config: print the resolved configuration as YAML and do nothing else.
         quiet: print nothing.
@@ -60,10 +61,13 @@ def pretrain(
     console = Console(quiet=quiet)
     given = given_sections(data=data, model=model, training=training, watch=watch)
     objects = take_objects(given)
-    if resume is not None:
-        clash = {"config": config, "preset": preset, "out": out, "init_from": init_from}
-        settings = resumed(PRETRAIN, Path(resume), given, clash, FREE_ON_RESUME | WATCHED)
-        return Run(settings, launch(settings.training), objects, console).go_on(Path(resume))
+    found = continued(
+        PRETRAIN, given, FREE_ON_RESUME | WATCHED, resume=resume, out=out, config=config, preset=preset,
+        init_from=init_from,
+    )  # fmt: skip
+    if found is not None:
+        folder, settings = found
+        return Run(settings, launch(settings.training), objects, console).go_on(folder)
     base = read_recipe(config) if config is not None else {}
     values = merge(base, preset_layer(preset), given)
     if config is None and not (print_config and "train" not in given.get("data", {})):

@@ -20,6 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from nextblock.data.augment import CropConfig
+from nextblock.data.cache_folder import default_cache
 from nextblock.data.erasing import prepare
 from nextblock.data.labelled import Labelled
 from nextblock.data.loading import default_workers, evaluation_batches, training_batches
@@ -32,7 +33,6 @@ from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.evaluation.feature_cache import (
     CachedFeatures,
     cached_features,
-    default_cache,
     feature_batches,
     in_order,
     weights_digest,

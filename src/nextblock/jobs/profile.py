@@ -10,13 +10,16 @@ from typing import Any
 from rich.console import Console
 
 from nextblock.data.loading import training_batches
-from nextblock.errors import RunError
+from nextblock.errors import ConfigError, RunError
 from nextblock.figures.profile import draw_profile
 from nextblock.jobs.profile_config import SECTIONS, make_run, read
+from nextblock.jobs.profile_replay import replayed
+from nextblock.jobs.profile_replay_report import tell_replayed
 from nextblock.jobs.profile_report import Measured, markdown, report, tell
 from nextblock.jobs.starting import Section, given_sections, new_folder, take_objects
 from nextblock.jobs.training_run import TrainingRun, compile_layers
 from nextblock.recipes.config import Kind
+from nextblock.training.activation_checkpointing import checkpoint_layers
 from nextblock.training.launch import on_first_process
 from nextblock.training.loop import Intervals, clipped_update, train
 from nextblock.training.plan import Plan
@@ -30,7 +33,10 @@ PREFETCHED = 8  # batches for each worker beyond the last step, so that none is 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a profile left: its folder, and what its profile.json holds (empty on other processes than the first)."""
+    """What a profile left: its folder, and what its profile.json holds (empty on other processes than the first).
+
+    Of a replay: the batch's folder, and what was found.
+    """
 
     folder: Path
     values: dict[str, Any]
@@ -47,12 +53,13 @@ def profile(
     steps: int = 20,
     warmup: int = 5,
     out: str | Path | None = None,
+    replay: str | Path | None = None,
     quiet: bool = False,
 ) -> Profile:
     """Time a few training steps of a recipe, part by part, and tell what would make them faster.
 
     The recipe, preset and sections are those of `pretrain` or `train_generator`, and the steps are the same; no
-    weights, checkpoints or run are written.
+    weights, checkpoints or run are written. With `replay`, a batch is run again instead, and nothing is timed.
 
     Args:
         config: a recipe's name or a YAML file, a run's config.yaml too. Without one, sizes and batch are chosen as
@@ -63,6 +70,8 @@ def profile(
         steps: so many with the parts timed, and as many without, mixed; three more are traced.
         warmup: steps before them.
         out: the folder to make, new or empty; by default a dated one under runs/.
+        replay: a batch that a training gave up on, RUN/nonfinite/step-NUMBER: it is run again, forward and backward,
+            to tell where its numbers stop being finite, and for which image. Takes sections, and no recipe.
         quiet: print nothing.
 
     Raises:
@@ -71,6 +80,8 @@ def profile(
     console = Console(quiet=quiet)
     schedule = Schedule(steps, warmup)
     given = given_sections(data=data, model=model, training=training, watch=watch)
+    if replay is not None:
+        return _replayed(Path(replay), given, {"config": config, "preset": preset, "out": out}, console)
     objects = take_objects(given)
     kind, values = read(config, preset, given)
     run = make_run(kind, values, objects, console, chosen=config is None, sized=preset is not None)
@@ -87,10 +98,20 @@ def profile(
     return Profile(folder, told)
 
 
+def _replayed(folder: Path, given: dict[str, dict[str, Any]], clash: dict[str, Any], console: Console) -> Profile:
+    for name, value in clash.items():
+        if value is not None:
+            raise ConfigError(f"--replay runs {folder} again as it was; leave out --{name}.")
+    values = replayed(folder, given, console)
+    tell_replayed(console, values, folder)
+    return Profile(folder, values)
+
+
 def measure(run: TrainingRun, schedule: Schedule, folder: Path) -> Measured:
     """Train for the schedule's steps as the run would, and time them; then the loader alone."""
     fabric, settings, workers = run.fabric, run.settings(), run.workers()
     plan = _lasting(run.plan, schedule.total)
+    checkpoint_layers(run.model, settings.training.activation_checkpointing)
     if settings.training.compile:
         compile_layers(run.model)
     model = fabric.setup_module(run.model)

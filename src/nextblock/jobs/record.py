@@ -14,7 +14,7 @@ from typing import Any
 
 from nextblock.data.named import data_root as data_root_of
 from nextblock.data.named import is_named
-from nextblock.data.sources import Source, explain_change, fingerprint, known_labels
+from nextblock.data.sources import Source, explain_change, fingerprint, is_local, known_labels
 from nextblock.errors import RunError
 from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.run_folder import claim_folder
@@ -88,6 +88,6 @@ def where(dataset: Any, test: Any, root: str | Path | None) -> dict[str, str | N
 
 def _absolute(spec: Any) -> str | None:
     """A path is made absolute, the name of a data set stays; None for what is neither."""
-    if isinstance(spec, str) and (spec.startswith("hf:") or is_named(spec)):
+    if isinstance(spec, str) and (is_named(spec) or not is_local(spec)):
         return spec
     return os.path.abspath(os.path.expanduser(spec)) if isinstance(spec, str | os.PathLike) else None

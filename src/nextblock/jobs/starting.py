@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nextblock.data.decoders import chosen_decoder
+from nextblock.data.sources import is_local
 from nextblock.errors import ConfigError
-from nextblock.recipes.config import Kind, differences, merge, to_values, typed_as
+from nextblock.recipes.config import Kind, differences, merge, preset_layer, read_recipe, to_values, typed_as
 from nextblock.training.launch import Fabric
 from nextblock.training.run_folder import read_config, require_job
 
 Section = Mapping[str, Any] | None
 Config = TypeVar("Config")
 
+AUTO = "auto"  # `resume`: continue the run in `out`, or begin it
+
 # What may differ when a run goes on: nothing that changes which numbers it computes.
 FREE_ON_RESUME = {
     "data.train", "data.val", "data.workers", "data.max_bad_fraction", "training.per_device_batch", "training.device",
-    "training.devices", "training.nodes", "training.compile", "training.checkpoint_every_steps",
-    "training.checkpoint_every_minutes", "training.keep_checkpoints", "training.max_nonfinite_steps",
+    "training.devices", "training.nodes", "training.compile", "training.activation_checkpointing",
+    "training.checkpoint_every_steps", "training.checkpoint_every_minutes", "training.keep_checkpoints",
+    "training.max_nonfinite_steps",
 }  # fmt: skip
 
 
@@ -72,6 +76,40 @@ def resumed(
     return settings
 
 
+def continued(
+    kind: Kind[Config],
+    given: Mapping[str, Mapping[str, Any]],
+    free: Iterable[str],
+    *,
+    resume: str | Path | None,
+    out: str | Path | None,
+    config: str | Path | None,
+    preset: str | None,
+    init_from: str | Path | None,
+) -> tuple[Path, Config] | None:
+    """The folder and configuration of the run that `resume` continues; None where a new one is to begin.
+
+    With `resume` "auto", the run in `out` is continued where there is one, and begun otherwise, so that a launcher may
+    start one command again and again; what the recipe and the preset say must then be what the run was started with.
+    Every process decides alike: the first one makes a run only after all have come to this point.
+
+    Raises ConfigError for "auto" without `out`, and what `resumed` raises.
+    """
+    if resume is None:
+        return None
+    if str(resume) != AUTO:
+        clash = {"config": config, "preset": preset, "out": out, "init_from": init_from}
+        return Path(resume), resumed(kind, Path(resume), given, clash, free)
+    if out is None:
+        raise ConfigError("--resume auto needs --out FOLDER, the run to continue or to begin.")
+    if not (Path(out) / "config.yaml").is_file():
+        return None
+    asked = merge(read_recipe(config, kind) if config is not None else {}, preset_layer(preset, kind), given)
+    if asked.get("data", {}).get("decoder") == "auto":  # the one that the run began with
+        del asked["data"]["decoder"]
+    return Path(out), resumed(kind, Path(out), asked, {}, free)
+
+
 def new_folder(fabric: Fabric, out: str | Path | None, name: str) -> Path:
     """The run's folder, by the first process's clock."""
     folder = Path(out) if out is not None else Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -83,7 +121,7 @@ def absolute(config: Any) -> Any:
     that is meant on this machine."""
 
     def everywhere(path: str | None) -> str | None:
-        return path if path is None or path.startswith("hf:") else os.path.abspath(os.path.expanduser(path))
+        return path if path is None or not is_local(path) else os.path.abspath(os.path.expanduser(path))
 
     data = dataclasses.replace(
         config.data, train=everywhere(config.data.train), val=everywhere(config.data.val),

@@ -15,9 +15,9 @@ from nextblock.jobs.starting import (
     FREE_ON_RESUME,
     Section,
     absolute,
+    continued,
     given_sections,
     new_folder,
-    resumed,
     take_objects,
 )
 from nextblock.jobs.training_run import Trained
@@ -52,7 +52,8 @@ def train_generator(
             be any source of images, or a folder made by `nextblock cache-latents`. Where `model` leaves out
             num_classes, the data's classes are taken (0, unconditional, where nothing is labelled).
         out: the run folder, new or empty; by default a dated one under runs/.
-        resume: a run folder to continue, bit-identically on the same CPU.
+        resume: a run folder to continue, bit-identically on the same CPU; or "auto": continue the run in `out` where
+            there is one, else begin it, so that a launcher can start the same command again.
         init_from: a run or weights folder of a generator whose weights to start from.
         print_config: print the resolved configuration as YAML and do nothing else.
         quiet: print nothing.
@@ -63,11 +64,14 @@ def train_generator(
     console = Console(quiet=quiet)
     given = given_sections(data=data, model=model, training=training, watch=watch)
     objects = take_objects(given)
-    if resume is not None:
-        clash = {"config": config, "preset": preset, "out": out, "init_from": init_from}
-        settings = resumed(GENERATOR, Path(resume), given, clash, FREE_ON_RESUME | WATCHED)
+    found = continued(
+        GENERATOR, given, FREE_ON_RESUME | WATCHED, resume=resume, out=out, config=config, preset=preset,
+        init_from=init_from,
+    )  # fmt: skip
+    if found is not None:
+        folder, settings = found
         train = open_material(settings.data, "train", objects)
-        return _run(settings, train, objects, console).go_on(Path(resume))
+        return _run(settings, train, objects, console).go_on(folder)
     if config is None and preset is None and not model:
         names = recipe_names(GENERATOR)
         raise ConfigError(f"a generator needs a recipe, --config NAME_OR_FILE. Recipes: {', '.join(names)}.")

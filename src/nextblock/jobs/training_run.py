@@ -6,6 +6,7 @@ import json
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +17,21 @@ from torch import nn
 
 from nextblock.data.loading import default_workers, training_batches
 from nextblock.errors import DataError, RunError
+from nextblock.jobs.kept_batch import keep_batch
 from nextblock.jobs.record import header, start_record
 from nextblock.layers.transformer import TransformerLayer
 from nextblock.recipes.config import to_yaml
+from nextblock.training.activation_checkpointing import checkpoint_layers
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.config import TrainingConfig
-from nextblock.training.launch import Fabric, on_first_process
-from nextblock.training.loop import Intervals, Loss, Meters, Update, run_state, train
+from nextblock.training.launch import Fabric, on_first_process, one_ends_all
+from nextblock.training.loop import Intervals, Loss, Meters, NotFinite, Update, run_state, train
 from nextblock.training.memory import require_room_for
 from nextblock.training.optimizer import make_optimizer
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import COLUMNS, RunFolder, environment, to_json, write_text
-from nextblock.training.signals import StopRequest
+from nextblock.training.run_folder import COLUMNS, SAVES_TRIED, RunFolder, environment, to_json, write_text
+from nextblock.training.signals import StopRequest, requeue
 from nextblock.xar.layers import XARLayer
 
 Look = Callable[[int], dict[str, float]]
@@ -166,7 +169,8 @@ class TrainingRun(ABC):
         on_first_process(self.fabric, problem)
 
     def write_record(self, folder: Path) -> None:
-        """Claim the folder and write what this run is; `config.yaml`, which makes it a run, comes last."""
+        """Claim the folder and write what this run is. `config.yaml`, which makes it a run, comes last: `train` writes
+        it when the first checkpoint is there."""
         start_record(self.fabric, folder, self._write_record)
 
     def _write_record(self, folder: Path) -> None:
@@ -174,7 +178,6 @@ class TrainingRun(ABC):
         about["data"] = self.data_record()
         write_text(folder / "environment.json", to_json(about))
         self.write_manifest(folder / "data_manifest.txt.gz")
-        write_text(folder / "config.yaml", self.configuration())
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
@@ -201,6 +204,7 @@ class TrainingRun(ABC):
             self.say(told)
         if state is not None:
             self.model.load_state_dict(state["model"])
+        checkpoint_layers(self.model, settings.training.activation_checkpointing)
         if settings.training.compile:
             compile_layers(self.model)
         model = fabric.setup_module(self.model)
@@ -216,16 +220,19 @@ class TrainingRun(ABC):
         recorder = RunFolder(
             folder, images=plan.length, max_bad_fraction=settings.max_bad_fraction, progress=progress,
             keep_checkpoints=settings.training.keep_checkpoints, start_step=start, rank=fabric.global_rank,
-            columns=self.columns, bad_option=self.bad_option,
+            columns=self.columns, bad_option=self.bad_option, saves_tried=SAVES_TRIED,
         )  # fmt: skip
         if state is None:  # so that a run can be resumed from its first moment
             recorder.save(0, run_state(model, optimizer, meters, plan, 0) | self.extra_state())
-        with StopRequest() as stop, progress:
+            if fabric.is_global_zero:
+                write_text(folder / "config.yaml", self.configuration())
+        with self._endings(folder), StopRequest() as stop, progress:
             done = train(
                 fabric, model, optimizer, self._batches(start), self.loss(), plan, self._intervals(), recorder,
                 start_step=start, meters=meters, stop_asked=stop, update=self.updater(), extra_state=self.extra_state,
                 evaluate=watch if fabric.is_global_zero else lambda done: {},
             )  # fmt: skip
+        recorder.require_saved()
         if done < plan.total_steps:
             return self._stopped(folder, done, stop.received)
         self.finish(folder)
@@ -247,10 +254,29 @@ class TrainingRun(ABC):
             self.finish(folder)
         return Trained(folder, step, finished=True)
 
+    @contextmanager
+    def _endings(self, folder: Path) -> Iterator[None]:
+        """What ends a training before its time, told with what to do next."""
+        try:
+            with one_ends_all(self.fabric, f"Continue with: {self._again(folder)}"):
+                yield
+        except NotFinite as error:
+            problem: RunError | None = None
+            if self.fabric.is_global_zero:
+                problem = RunError(keep_batch(error, folder, self.model, self.stream, self.plan))
+            on_first_process(self.fabric, problem)
+
+    def _again(self, folder: Path) -> str:
+        """How the run is continued."""
+        if self.in_memory:
+            return f'nextblock.{self.verb.replace("-", "_")}(resume="{folder}", {self.data_argument})  # in Python'
+        return f"nextblock {self.verb} --resume {folder}"
+
     def _stopped(self, folder: Path, done: int, received: int) -> Trained:
         self.say(f"stopped after step {done} of {self.plan.total_steps}; everything is saved. Continue with:")
-        again = f'nextblock.{self.verb.replace("-", "_")}(resume="{folder}", {self.data_argument})  # in Python'
-        self.say(f"  {again if self.in_memory else f'nextblock {self.verb} --resume {folder}'}")
+        self.say(f"  {self._again(folder)}")
+        if self.fabric.is_global_zero and (told := requeue(received)):
+            self.say(told)
         number = received or signal.SIGTERM if self.fabric.is_global_zero else 0
         return Trained(folder, done, finished=False, signal=number)
 

@@ -42,7 +42,7 @@ class SourceConfig:
             crop allows, and a faster resize), "simplejpeg" (the same pixels as pillow-scaled, faster; another package),
             or "auto", the fastest on this machine. A run keeps what it began with.
         workers: loading processes; -1 = chosen from the cores.
-        timeout_s: longest wait for a batch, in seconds.
+        timeout_s: longest wait for a worker to read one sample, in seconds.
         max_bad_fraction: a run stops when more than max(10, this fraction) distinct images are broken.
     """
 
@@ -57,7 +57,7 @@ class SourceConfig:
     exif_orientation: bool = True
     decoder: str = "pillow"
     workers: int = -1
-    timeout_s: float = 300.0
+    timeout_s: float = 25.0
     max_bad_fraction: float = 0.001
 
     def open(self, name: str, objects: Mapping[str, Any]) -> Source | None:

@@ -2,12 +2,14 @@
 
 `checkpoints/step-00001200/` holds `state.pt` (plain tensors and numbers) and `checkpoint.json` with its
 SHA-256. A folder of that name is whole by construction: it appears by one rename, after its files and itself
-have reached the disk.
+have reached the disk, and disappears by one. `step-00001200.1` is the same step saved once more, until it has taken
+the place of the first: at no moment is there less than one whole checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -19,9 +21,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from nextblock.durable import flush_folder, make_folder
 from nextblock.errors import CheckpointError
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 
 class _HashingWriter:
@@ -38,14 +41,6 @@ class _HashingWriter:
         self.file.flush()
 
 
-def _flush_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write(path: Path, fill: Callable[[Any], None]) -> str:
     with open(path, "wb") as file:
         writer = _HashingWriter(file)
@@ -56,31 +51,76 @@ def _write(path: Path, fill: Callable[[Any], None]) -> str:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep`.
+    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep` up to this step.
 
+    Later ones are removed, too: a run that comes to this step again could not read them.
     Raises CheckpointError, with the older checkpoints untouched, when the disk refuses.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-step-{step:08d}"
+    partial = folder / f".partial-{final.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for left_over in folder.glob(".partial-step-*"):  # of a save that was killed
             shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir()
         digest = _write(partial / "state.pt", lambda file: torch.save(state, file))
         about = json.dumps({"step": step, "sha256": digest}).encode()
         _write(partial / "checkpoint.json", lambda file: file.write(about))
-        _flush_folder(partial)
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush_folder(folder)
+        flush_folder(partial)
+        whole = _free_name(final)
+        partial.rename(whole)
+        flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"could not save {final}: {error}. Earlier checkpoints are untouched.") from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        raise CheckpointError(
+            f"could not save {final}: {_reason(error)}. Earlier checkpoints are untouched."
+        ) from error
+    return _made_room(folder, whole, step, keep)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said; torch puts an error of its own, of positions in the file, over it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found.strerror or str(found)
+        found = found.__cause__ or found.__context__
+    return str(error)
+
+
+def _free_name(final: Path) -> Path:
+    """`final`, or with a number behind it where the same step has been saved before."""
+    tries = (final if number == 0 else final.with_name(f"{final.name}.{number}") for number in itertools.count())
+    return next(path for path in tries if not path.exists())
+
+
+def _made_room(folder: Path, whole: Path, step: int, keep: int) -> Path:
+    """Remove what `whole` replaces and what is too much, and give it its plain name; returns where it is then.
+
+    What the disk refuses here costs room, no checkpoint: the next save tries again.
+    """
+    final = folder / f"step-{step:08d}"
+    found = [path for path in list_checkpoints(folder) if path != whole]
+    earlier = [path for path in found if _numbers(path)[0] < step]
+    too_many = earlier if keep == 1 else earlier[: 1 - keep]
+    try:
+        for path in (path for path in found if path in too_many or path not in earlier):
+            removed = folder / f".partial-{path.name}"
+            path.rename(removed)  # in one step: a folder that is half removed has not the name of a whole one
+            shutil.rmtree(removed)
+        if whole != final:
+            whole.rename(final)
+            flush_folder(folder)
+    except OSError:
+        return final if final.exists() else whole
     return final
+
+
+def _numbers(path: Path) -> tuple[int, int]:
+    """The step of a checkpoint, and how often it had been saved before."""
+    found = _NAME.fullmatch(path.name)
+    assert found
+    return int(found[1]), int(found[2] or 0)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -88,7 +128,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_numbers)
 
 
 # what a file raises that is no checkpoint of ours, whatever its hash
@@ -103,6 +143,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != about["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one recorded when it was saved.")
+        named = _NAME.fullmatch(path.name)
+        if about["step"] != (int(named[1]) if named else about["step"]):
+            raise CheckpointError(f"{path} is damaged: its record is of step {about['step']}.")
         state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nextblock.errors import ConfigError
+from nextblock.errors import ConfigError, nearest
+
+CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class TrainingConfig:
         clip_grad_norm: largest norm of the whole gradient; 0 = no clipping.
         precision: "auto" (bf16 autocast on CUDA, else fp32), "fp32" or "bf16".
         compile: compile the transformer layers with torch.compile.
+        activation_checkpointing: what the layers compute again in the backward pass, instead of keeping it: "none",
+            "selective" (all but products and attention) or "full" (all). Less memory for more time; the same numbers.
         seed: of everything drawn in the run.
         device: "auto", "cpu" or "cuda".
         devices: number of devices or processes on this machine; 0 = all.
@@ -58,6 +62,7 @@ class TrainingConfig:
     clip_grad_norm: float = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
@@ -83,6 +88,11 @@ class TrainingConfig:
         for name in ("warmup_start", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"training.{name} is a fraction of lr, from 0 to 1; got {getattr(self, name)!r}.")
+        if self.activation_checkpointing not in CHECKPOINTING:
+            raise ConfigError(
+                f"training.activation_checkpointing must be {', '.join(CHECKPOINTING)}; got "
+                f"{self.activation_checkpointing!r}.{nearest(self.activation_checkpointing, CHECKPOINTING)}"
+            )
         if not 0 <= self.decay_from <= 1:
             raise ConfigError(f"training.decay_from is a fraction of the run, from 0 to 1; got {self.decay_from!r}.")
         if not all(0 <= beta < 1 for beta in self.betas):

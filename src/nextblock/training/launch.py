@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from nextblock.errors import ConfigError, RunError
 from nextblock.training.config import TrainingConfig
 
-__all__ = ["Fabric", "launch", "on_first_process", "pick_device"]
+__all__ = ["Fabric", "launch", "on_first_process", "one_ends_all", "pick_device"]
+
+MEETING = timedelta(minutes=30)  # Lightning's own limit of an exchange: the first process may evaluate for long
+LOOK_S, GRACE_S = 2.0, 10.0  # how often a process looks for its parent, and how long it may outlive it
+# what gloo and NCCL say of an exchange with a process that is no more
+_LOST = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited",
+         "communicator was aborted")  # fmt: skip
 
 
 def pick_device(device: str) -> str:
@@ -40,8 +53,62 @@ def launch(training: TrainingConfig) -> Fabric:
         precision="bf16-mixed" if precision == "bf16" else "32-true",
     )
     with _silent():
+        _join_restarted("nccl" if device == "cuda" else "gloo")
         fabric.launch()
+    if fabric.world_size > 1 and _started_by_another():
+        threading.Thread(target=_follow, args=(os.getppid(),), name="follow-parent", daemon=True).start()
     return fabric
+
+
+def _join_restarted(backend: str) -> None:
+    """Meet the other processes that torchrun has started again, away from what the ended ones have left.
+
+    torchrun (torch 2.13) keeps its store through a restart, with the addresses of the ended processes in it: who comes
+    before the first process has written its new one waits for one that is no more, or fails. So each attempt has a
+    corner of the store. Lightning takes the group that it finds.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)
+    corner = dist.PrefixStore(f"attempt{attempt}", store)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=corner, timeout=MEETING, rank=rank, world_size=world)
+    if backend == "nccl":
+        atexit.register(dist.destroy_process_group)  # which Lightning does for a group of its own
+
+
+def _started_by_another() -> bool:
+    """Whether the parent of this process is one of the run, or its launcher: not a person's shell."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _follow(parent: int) -> None:
+    """End this process some seconds after the one that started it.
+
+    Otherwise it might wait for ever: a process that is killed tells nobody, gloo notices only within an exchange, and
+    NCCL not at all.
+    """
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    time.sleep(GRACE_S)  # so that one that ends on its own does
+    print("nextblock: the process that started this one is gone, so it ends as well.", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+@contextmanager
+def one_ends_all(fabric: Fabric, advice: str) -> Iterator[None]:
+    """Raise RunError, ending in `advice`, where an exchange fails because another process of the run has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not any(words in str(error) for words in _LOST):
+            raise
+        raise RunError(
+            f"Another of the {fabric.world_size} processes has ended or cannot be reached, so process "
+            f"{fabric.global_rank} ends as well. {advice}"
+        ) from error
 
 
 @contextmanager

@@ -24,6 +24,18 @@ from nextblock.randomness import key
 from nextblock.training.optimizer import clipped_step, gradient_norm, set_lr
 from nextblock.training.plan import Plan
 
+
+class NotFinite(RunError):
+    """Too many steps in a row had no finite loss and gradient.
+
+    step: the last of them, counted from 0. since: steps done after it, 0 where the weights are still those it met.
+    """
+
+    def __init__(self, message: str, step: int, since: int) -> None:
+        super().__init__(message)
+        self.step, self.since = step, since
+
+
 Loss = Callable[[nn.Module, Any, int], Tensor]
 Evaluate = Callable[[int], dict[str, float]]
 Update = Callable[[Fabric, nn.Module, Any, Tensor, Plan, int], tuple[Tensor, Tensor]]
@@ -48,7 +60,11 @@ class Recorder(Protocol):
 
 @dataclass
 class Meters:
-    """Sums since the last log and counts since the start, kept on the device and saved with the run."""
+    """Sums since the last log and counts since the start, kept on the device and saved with the run.
+
+    loss, norm, steps: of the steps taken since the last reading. skipped: steps that were not, since the start.
+    streak: of them, in a row up to now. longest: the longest since the last reading. last_skipped: -1 for none.
+    """
 
     loss: Tensor
     steps: Tensor
@@ -140,7 +156,7 @@ def train(
         update: takes the gradients to new weights, see `clipped_update`, which it is when absent.
         extra_state: what a checkpoint holds besides `run_state`, for example an average of the weights.
 
-    Raises RunError after too many steps in a row without a finite loss and gradient.
+    Raises NotFinite after too many steps in a row without a finite loss and gradient; it is looked at when logging.
     """
     meters = meters or Meters.zeros(fabric.device)
     model.train()
@@ -160,7 +176,7 @@ def train(
         row: dict[str, float] = {}
         if logging:
             row = meters.read()
-            _guard(meters, plan)
+            _guard(meters, plan, done)
             now = time.monotonic()
             row |= {"lr": plan.lr(step), "images_per_s": images / max(now - since, 1e-9)}
             since, images = now, 0
@@ -190,7 +206,8 @@ def clipped_update(
     """
     set_lr(optimizer, plan.lr(step))
     norm = gradient_norm(model)
-    good = agreed(fabric, torch.isfinite(norm) & torch.isfinite(loss))
+    # The square: it is what reaches the optimiser's second moment.
+    good = agreed(fabric, torch.isfinite(norm.square()) & torch.isfinite(loss))
     clipped_step(optimizer, norm, good, plan.config.clip_grad_norm)
     return norm, good
 
@@ -242,14 +259,19 @@ def _any(fabric: Fabric, asked: bool) -> bool:
     return bool(_reduced(fabric, torch.tensor(float(asked), device=fabric.device)) > 0)
 
 
-def _guard(meters: Meters, plan: Plan) -> None:
-    if int(meters.longest) < plan.config.max_nonfinite_steps:
+def _guard(meters: Meters, plan: Plan, done: int) -> None:
+    """Raise NotFinite, on every process alike, where a streak since the last look was too long."""
+    longest, step = int(meters.longest), int(meters.last_skipped)
+    meters.longest.zero_()  # a streak that goes on is counted on: `streak` is kept
+    if longest < plan.config.max_nonfinite_steps:
         return
-    first = int(meters.last_skipped) * plan.config.batch_size
-    raise RunError(
-        f"The loss or its gradient was not finite for {int(meters.longest)} steps in a row; the weights were left "
-        f"alone. Last such batch: step {int(meters.last_skipped)}, sample positions {first} to "
-        f"{first + plan.config.batch_size - 1}. Try a lower training.lr, or look at those images."
+    first = step * plan.config.batch_size
+    raise NotFinite(
+        f"The loss or its gradient was not finite for {longest} steps in a row; the weights were left alone. Last such "
+        f"batch: step {step}, sample positions {first} to {first + plan.config.batch_size - 1}. Try a lower "
+        f"training.lr, or look at those images.",
+        step,
+        done - step - 1,
     )
 
 

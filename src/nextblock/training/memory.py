@@ -16,6 +16,11 @@ from nextblock.training.plan import Plan
 
 FEW, MORE = 2, 4  # images; what every pass keeps, such as the weights, falls out of the difference
 GIB = 2**30
+NO_LIMIT = 2**60  # version 1 says "none" by the largest multiple of a page
+_CGROUP_FILES = {  # version of control groups -> limit, use, and the row of memory.stat with pages easily given back
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
@@ -50,11 +55,69 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch takes it again
         return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return machine_free_bytes()
+
+
+def machine_free_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that is free for this process: the least of the machine's and what its control groups leave of their
+    limits (a container's, a scheduler's). Linux; None where it cannot be told.
+
+    `root` is the folder with proc/ and sys/.
+    """
+    known = [free for free in (_meminfo_free(root), *_cgroup_free(root)) if free is not None]
+    return min(known, default=None)
+
+
+def _meminfo_free(root: Path) -> int | None:
     try:
-        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        rows = dict(line.split(":", 1) for line in lines)
         return int(rows["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _cgroup_free(root: Path) -> list[int | None]:
+    """What is left of the limit of each control group above this process; the limits of all of them hold.
+
+    In a container its own group is usually mounted as the top folder and the path in proc/self/cgroup is the host's:
+    folders that are not there are passed over.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        lines = ["0::/", "0:memory:/"]
+    found: list[int | None] = []
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        version = 2 if not controllers else 1 if "memory" in controllers.split(",") else 0
+        if version:
+            top = root / ("sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/memory")
+            group = top / path.lstrip("/")
+            found += [_group_free(folder, version) for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    return found
+
+
+def _group_free(group: Path, version: int) -> int | None:
+    """A group's limit less what it holds; pages of files that it would give back do not count. None: no limit."""
+    limit_file, used_file, cache_row = _CGROUP_FILES[version]
+    try:
+        limit = (group / limit_file).read_text(encoding="ascii").strip()
+        if limit == "max" or int(limit) >= NO_LIMIT:
+            return None
+        used = int((group / used_file).read_text(encoding="ascii"))
+        return max(0, int(limit) - max(0, used - _row(group / "memory.stat", cache_row)))
+    except (OSError, ValueError):
+        return None
+
+
+def _row(file: Path, name: str) -> int:
+    """One number of a file of lines "name number"; 0 where there is none."""
+    try:
+        rows = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+        return next((int(row[1]) for row in rows if len(row) == 2 and row[0] == name), 0)
+    except (OSError, ValueError):
+        return 0
 
 
 def require_room(per_image: int, images: int, device: torch.device, *, fixed: int = 0, sharing: int = 1) -> None:

@@ -15,6 +15,7 @@ bad_samples.csv               images that could not be decoded and what was said
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -32,26 +33,28 @@ import yaml
 
 from nextblock.data.decode import EXTENSIONS
 from nextblock.data.stream import BadSample
-from nextblock.errors import DataError, RunError, nearest
-from nextblock.training.checkpoint import save_checkpoint
+from nextblock.durable import append_whole, make_folder, write_whole
+from nextblock.errors import CheckpointError, DataError, RunError, nearest
+from nextblock.training.checkpoint import list_checkpoints, save_checkpoint
 from nextblock.training.progress import TrainingProgress
 
 COLUMNS = (
     "step", "samples", "epoch", "loss", "lr", "grad_norm", "images_per_s", "skipped", "bad_samples",
     "val_loss", "knn", "effective_rank",
 )  # fmt: skip
+SAVES_TRIED = 3  # in a row, before a run ends that cannot be saved
 _PACKAGES = ("nextblock", "torch", "lightning", "numpy", "pillow", "datasets", "safetensors", "scikit-learn",
              "simplejpeg")  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: beside, flushed, renamed."""
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    """Write a small file whole or not at all, see `durable.write_whole`. Raises RunError when the disk refuses."""
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Mend that, or choose another --out."
+        ) from error
 
 
 def environment(seed: int, device: str) -> dict[str, Any]:
@@ -96,15 +99,26 @@ def require_free(path: Path) -> None:
 
 
 def claim_folder(path: Path, advice: str = "Choose another --out.") -> None:
-    """Make a new, empty folder. Raises RunError, ending in `advice`, when it holds something or cannot be written."""
+    """Make a new, empty folder. Raises RunError, ending in `advice`, when it holds something or cannot be written.
+
+    What a start left that was killed in this moment is nothing, and goes.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        make_folder(path)
+        begun = {each for each in path.iterdir() if each.name == ".writable" or _is_partial(each)}
+        if set(path.iterdir()) == begun:
+            for left_over in begun:
+                left_over.unlink(missing_ok=True)
+        else:
             raise RunError(f"{path} is not empty, and nothing is ever overwritten. {advice}")
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
         raise RunError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from error
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -129,6 +143,8 @@ def _instead_of_a_run(path: Path) -> str:
     names = (name for pattern in ("*", "*/*") for name in path.glob(pattern))
     if any(name.suffix.lower() in EXTENSIONS for name in islice(names, 1000)):
         return "is a folder of images, not a run"
+    if (path / "environment.json").is_file():
+        return "was begun, but ended before its first checkpoint was saved: remove it, and start the run again"
     return "holds no config.yaml, so it is not a run folder"
 
 
@@ -166,6 +182,10 @@ class RunFolder:
         start_step: rows after this step are dropped from metrics.csv (they will be made again).
         columns: of metrics.csv.
         bad_option: what raises `max_bad_fraction`.
+        saves_tried: so many checkpoints in a row that cannot be saved end the run; the first one of a run does at once.
+
+    Where the disk refuses less than that, the run goes on, and it is told: rows of metrics.csv wait until they can be
+    written, the checkpoint is tried again when the next one is due. `require_saved` belongs after the last step.
     """
 
     def __init__(
@@ -180,12 +200,16 @@ class RunFolder:
         rank: int = 0,
         columns: Sequence[str] = COLUMNS,
         bad_option: str = "data.max_bad_fraction",
+        saves_tried: int = 1,
     ) -> None:
         self.path, self.progress, self.rank, self.columns = path, progress, rank, tuple(columns)
         self.keep_checkpoints = keep_checkpoints
         self.max_bad, self.bad_option = max_bad_images(images, max_bad_fraction), bad_option
         self.bad = dict.fromkeys(_column(path / "bad_samples.csv", "name"))
         self._unwritten: list[BadSample] = []
+        self.saves_tried, self._refused = saves_tried, 0
+        self._problem: CheckpointError | None = None
+        self._rows: list[dict[str, str]] = []  # not in metrics.csv yet
         self._tensorboard: Any = None
         if rank == 0:
             self._start_metrics(start_step)
@@ -198,17 +222,63 @@ class RunFolder:
         self._share_bad_samples()
         row = row | {"bad_samples": float(len(self.bad))}
         if self.rank == 0:
-            with open(self.path / "metrics.csv", "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow({k: repr(v) for k, v in row.items()})
-            if self._tensorboard:
-                for name, value in row.items():
-                    self._tensorboard.add_scalar(name, value, int(row["step"]))
-                self._tensorboard.flush()
+            self._rows.append({k: repr(v) for k, v in row.items()})
+            try:
+                self._write_rows()
+                self._draw(row)
+            except OSError as error:
+                self.progress.note(f"WARNING: cannot write metrics to {self.path}: {_told(error)}. Trying again later.")
             self.progress.show(row)
 
+    def _write_rows(self) -> None:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerows(self._rows)
+        append_whole(self.path / "metrics.csv", text.getvalue().encode())
+        self._rows = []
+
+    def _draw(self, row: dict[str, float]) -> None:
+        """To TensorBoard, which draws nothing more once the disk has refused."""
+        if self._tensorboard:
+            writer, self._tensorboard = self._tensorboard, None
+            for name, value in row.items():
+                writer.add_scalar(name, value, int(row["step"]))
+            writer.flush()
+            self._tensorboard = writer
+
     def save(self, step: int, state: dict[str, Any]) -> None:
-        if self.rank == 0:
-            save_checkpoint(self.path / "checkpoints", step, state, self.keep_checkpoints)
+        """Save a checkpoint. Raises CheckpointError when that has failed `saves_tried` times in a row, or at once
+        where there is no earlier one."""
+        self._share_bad_samples()  # what a checkpoint has seen is listed: a run that goes on does not meet it again
+        if self.rank != 0:
+            return
+        folder = self.path / "checkpoints"
+        try:
+            save_checkpoint(folder, step, state, self.keep_checkpoints)
+        except CheckpointError as error:
+            self._refused, self._problem = self._refused + 1, error
+            if self._refused >= self.saves_tried or not list_checkpoints(folder):
+                raise
+            self.progress.note(
+                f"WARNING: {error} The run goes on, and ends when {self.saves_tried} in a row cannot be saved "
+                f"({self._refused} so far)."
+            )
+        else:
+            self._refused, self._problem = 0, None
+
+    def require_saved(self) -> None:
+        """Raise CheckpointError when the last checkpoint could not be saved, RunError when rows of metrics.csv could
+        not be written: what a run has come to must not be lost without a word."""
+        if self._problem:
+            advice = f"Make room, then go on from the newest: --resume {self.path}"
+            raise CheckpointError(f"{self._problem} {advice}") from self._problem
+        if self._rows:
+            try:
+                self._write_rows()
+            except OSError as error:
+                raise RunError(
+                    f"cannot write {self.path / 'metrics.csv'}: {_told(error)}. The last {len(self._rows)} rows are "
+                    "missing there; the weights are saved."
+                ) from error
 
     def add_bad_samples(self, bad: list[BadSample]) -> None:
         self._unwritten += [sample for sample in bad if sample.name not in self.bad]
@@ -222,11 +292,12 @@ class RunFolder:
             dist.all_gather_object(everyone, found)
             found = [sample for share in everyone for sample in share]
         self._unwritten = []
-        fresh = {sample.name: sample for sample in found if sample.name not in self.bad}
-        if not fresh:
-            return
+        fresh: dict[str, BadSample] = {}
+        for sample in sorted(found, key=lambda sample: sample.position):  # stable: attempts stay in order
+            if sample.name not in self.bad:
+                fresh.setdefault(sample.name, sample)
         self.bad |= dict.fromkeys(fresh)
-        if self.rank == 0:
+        if fresh and self.rank == 0:
             self._write_bad_samples(list(fresh.values()))
         if len(self.bad) > self.max_bad:
             raise DataError(
@@ -236,12 +307,13 @@ class RunFolder:
 
     def _write_bad_samples(self, samples: list[BadSample]) -> None:
         file = self.path / "bad_samples.csv"
-        new = not file.exists()
-        with open(file, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
-            writer = csv.writer(out)
-            if new:
-                writer.writerow(("name", "reason", "position"))
-            writer.writerows(samples)
+        rows = [] if file.exists() else [("name", "reason", "position")]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([*rows, *samples])
+        try:
+            append_whole(file, text.getvalue().encode(errors="surrogateescape"))
+        except OSError as error:
+            self.progress.note(f"WARNING: cannot list broken images in {file}: {_told(error)}.")
         for sample in samples:
             self.progress.note(f"broken image, replaced: {sample.name}: {sample.reason}")
 
@@ -251,6 +323,10 @@ class RunFolder:
         lines = [",".join(self.columns)]
         lines += [",".join(row[c] for c in self.columns) for row in rows if int(row["step"]) <= start_step]
         write_text(file, "\n".join(lines) + "\n")
+
+
+def _told(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def max_bad_images(images: int, fraction: float) -> int:

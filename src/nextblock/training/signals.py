@@ -1,8 +1,16 @@
-"""Ask a job to stop at the next good moment: Ctrl-C and SIGTERM."""
+"""Ask a job to stop at the next good moment: Ctrl-C, SIGTERM, and SIGUSR1, which a scheduler sends before the end.
+
+In a job of Slurm that was begun with `#SBATCH --requeue --signal=USR1@120`, with NEXTBLOCK_REQUEUE=1 in its
+environment, SIGUSR1 also asks Slurm to run the job again. Its script must then continue what is there:
+
+    if [ -f RUN/config.yaml ]; then srun nextblock pretrain --resume RUN; else srun nextblock pretrain ... --out RUN; fi
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import threading
 from types import FrameType, TracebackType
@@ -29,7 +37,9 @@ class StopRequest:
     `received` is the signal's number, or 0.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals: tuple[signal.Signals, ...] = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    )
 
     def __init__(self, until: str = "this step is done and saved") -> None:
         self.until, self.received = until, 0
@@ -54,3 +64,23 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = number
         print(f"\nstopping when {self.until}; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+
+def requeue(received: int) -> str:
+    """Ask Slurm to run this job again, where SIGUSR1 announced its end and NEXTBLOCK_REQUEUE is 1.
+
+    Returns what to tell about it; nothing where it was not asked for. The exit code stays that of a stop, 138:
+    what follows in the script is so kept from taking the run for finished, and Slurm does not mind.
+    """
+    if received != getattr(signal, "SIGUSR1", None) or os.environ.get("NEXTBLOCK_REQUEUE") != "1":
+        return ""
+    job, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{job}_{task}" if job and task else os.environ.get("SLURM_JOB_ID")
+    if not name:
+        return "NEXTBLOCK_REQUEUE is set, but this is no job of Slurm: SLURM_JOB_ID is missing."
+    try:
+        subprocess.run(["scontrol", "requeue", name], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        why = str(getattr(error, "stderr", None) or error).strip()
+        return f"Slurm did not take job {name} back into its queue: {why}"
+    return f"job {name} is in Slurm's queue again"

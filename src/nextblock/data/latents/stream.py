@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextblock.data.heartbeat import reading
 from nextblock.data.latents.cache import LatentCache
 from nextblock.data.stream import BadSample, locate
 from nextblock.errors import ConfigError
@@ -60,6 +61,7 @@ class LatentStream:
     def load(self, positions: Sequence[int]) -> LatentBatch:
         """The samples at `positions` [B], in that order. Raises DataError when a shard is damaged."""
         where = np.asarray(positions, dtype=np.int64)
+        reading("a batch of latents")
         _, indices = locate(self.seed, where, len(self.cache))
         flips = uniforms(self.seed, "latents/flip", where, 1)[:, 0] < self.flip
         return LatentBatch(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nextblock.data.decode import decode
+from nextblock.data.jpeg_units import UnitJpeg, are_as_listed, has_units, with_units
 from nextblock.errors import ConfigError, nearest
 
 FORMATS = ("auto", "jpeg", "png", "raw")
@@ -27,7 +28,8 @@ class Encoding:
     """How images are kept.
 
     short_side: the shorter side, in pixels, that larger images are reduced to (Lanczos, antialiased); smaller ones
-    stay as they are. quality: of JPEG. format: "jpeg" (baseline), "png" or "raw" (pixels; the fastest to load, and the
+    stay as they are. quality: of JPEG. format: "jpeg" (baseline, with a list of
+    its units, so that a crop alone can be decoded), "png" or "raw" (pixels; the fastest to load, and the
     largest), or "auto": raw for images whose shorter side is below 64 px, else JPEG. With "auto" and "jpeg", a JPEG
     file that is small enough, upright and not progressive is copied as it is. chroma: of JPEG, "4:2:0" keeps colour at
     half the resolution (smaller, faster), "4:4:4" at the full one. exif_orientation: turn images as their EXIF
@@ -95,12 +97,13 @@ def original_bytes(content: bytes | NDArray[Any] | Image.Image) -> int:
 
 
 def stored(content: bytes) -> bytes | NDArray[np.uint8]:
-    """What was stored, as a source gives it: raw pixels as uint8 [H, W, C], else the encoded bytes.
+    """What was stored, as a source gives it: raw pixels as uint8 [H, W, C], else the encoded bytes, as `UnitJpeg` where
+    a part can be decoded alone: `content` must be what was written.
 
     Raises ValueError when raw pixels are not as many as their header says.
     """
     if content[:3] not in (b"P5\n", b"P6\n"):
-        return content
+        return UnitJpeg(content) if has_units(content) else content
     end = content.index(b"\n255\n") + 5
     width, height = map(int, content[3 : end - 5].split())
     return np.frombuffer(content, dtype=np.uint8, offset=end).reshape(height, width, 1 if content[1:2] == b"5" else 3)
@@ -112,6 +115,8 @@ def _is_plain_jpeg(content: bytes) -> bool:
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata
         image = Image.open(io.BytesIO(content))
         if image.format != "JPEG" or image.mode not in ("L", "RGB") or image.info.get("progressive"):
+            return False
+        if has_units(content) and not are_as_listed(content):
             return False
         try:
             return int(image.getexif().get(_ORIENTATION_TAG, 1)) == 1
@@ -141,5 +146,6 @@ def _written(image: Image.Image, kind: str, encoding: Encoding) -> bytes:
         image.save(out, "PNG")
     else:
         colour = {} if image.mode == "L" else {"subsampling": encoding.chroma}
-        image.save(out, "JPEG", quality=encoding.quality, **colour)
+        image.save(out, "JPEG", quality=encoding.quality, restart_marker_blocks=1, **colour)
+        return with_units(out.getvalue())
     return out.getvalue()

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nextblock.data.heartbeat import reading
 from nextblock.data.latents.cache import write_whole
-from nextblock.data.loading import training_batches
+from nextblock.data.loading import TIMEOUT_S, training_batches
 from nextblock.data.prepared.about import ABOUT, About
 from nextblock.data.prepared.encoding import Encoding, encode, original_bytes
 from nextblock.data.prepared.index import write_index
@@ -53,6 +54,7 @@ class EncodedImages:
 
     def _encoded(self, position: int) -> Image | BadSample:
         name = self.source.name(position)
+        reading(name)
         try:
             sample = self.source[position]
             found = encode(sample.content, name, self.encoding)
@@ -67,7 +69,7 @@ class Maker:
     """What makes shards.
 
     folder: its prepared.json is there. source: the images. workers: encoding processes; 0 encodes in this one. max_bad:
-    so many images may be broken; they are left out. timeout_s: longest wait for a few images. on_images: called with
+    so many images may be broken; they are left out. timeout_s: longest wait for an image. on_images: called with
     the number of images just done, for a progress bar. on_shard: called when a shard is recorded. stop_asked: looked at
     every few images.
     """
@@ -76,7 +78,7 @@ class Maker:
     source: Source
     workers: int
     max_bad: int
-    timeout_s: float = 600.0
+    timeout_s: float = TIMEOUT_S
     on_images: Callable[[int], None] = lambda count: None
     on_shard: Callable[[About], None] = lambda about: None
     stop_asked: Callable[[], bool] = lambda: False

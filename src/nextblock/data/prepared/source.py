@@ -153,5 +153,5 @@ class _OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
+        if hasattr(self, "descriptor") and os is not None:  # it is, when the interpreter ends
             os.close(self.descriptor)

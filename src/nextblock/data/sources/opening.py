@@ -13,11 +13,14 @@ import torch
 
 from nextblock.data import prepared
 from nextblock.data.decode import EXTENSIONS
-from nextblock.data.sources import table
+from nextblock.data.sources import streamed, table
 from nextblock.data.sources.folder import open_files, open_folder
 from nextblock.data.sources.memory import ArraySource, ObjectSource
 from nextblock.data.sources.protocol import Source
 from nextblock.data.sources.splits import HELD_OUT, TRAIN, pick_split
+from nextblock.data.sources.tar_names import ENDINGS, expanded, is_tar, require_all, tars_in
+from nextblock.data.sources.tars import is_web, open_tars
+from nextblock.data.sources.web_connections import plain
 from nextblock.errors import DataError, nearest
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@\w+)?")
@@ -34,6 +37,8 @@ def open_source(
             sub-folders that are all named train, validation, val or test are splits),
             one image file, or a list of image files and folders,
             a Parquet file, a glob of them, or a folder holding them,
+            WebDataset shards: a .tar file, a glob or a list of them, a pattern such as `train-{000..099}.tar`, a folder
+            holding them (but no images and no folders), or the same pattern behind http:// or https://,
             a folder made by `nextblock prepare`,
             a folder made by `save_to_disk` of `datasets`,
             `hf:NAME`, `hf:NAME@SPLIT`, `hf:NAME:CONFIG@SPLIT` for a data set on the Hugging Face hub,
@@ -43,8 +48,9 @@ def open_source(
             {"image": ..., "label": ...},
             a source, which is returned as it is.
         split: which split, where there are several; validation, val and test stand in for each other.
-        image_column: the column, or the key, that holds the image.
-        label_column: the one that holds the label; None: `label`, if there is one.
+        image_column: the column, or the key, that holds the image; in tars its extension, where it is an unusual one.
+        label_column: the one that holds the label; None: `label`, if there is one. In tars, `cls` or a name in `.json`;
+            None: `.cls`, else `label` of `.json`.
 
     Raises DataError when nothing usable is there; the message says what to do.
     """
@@ -60,6 +66,9 @@ def open_source(
         return ArraySource(*spec)
     if isinstance(spec, list | tuple) and spec and all(isinstance(item, str | os.PathLike) for item in spec):
         paths = [os.path.expanduser(os.fspath(item)) for item in spec]
+        if all(map(is_tar, paths)):
+            found = [tar for path in paths for tar in _tars(path)]
+            return open_tars(found, f"{len(found)} tars", image_column, label_column)
         for path in paths:
             _require_path(path)
         if all(path.endswith(".parquet") for path in paths):
@@ -69,13 +78,32 @@ def open_source(
         return ObjectSource(spec, image_column, label_column)
     raise DataError(
         f"cannot read images from a {type(spec).__name__}. Give a folder, a list of image files, Parquet files, "
-        "'hf:NAME', uint8 arrays, or an object with __len__ and __getitem__."
+        "tar shards, 'hf:NAME', uint8 arrays, or an object with __len__ and __getitem__."
     )
+
+
+def is_local(spec: str) -> bool:
+    """Whether a text means something on this machine's disks, not on the hub or behind http."""
+    return not (spec.startswith(("hf:", streamed.PREFIX)) or is_web(spec))
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether a text stands for several files: *, ?, [...], or {000..099}."""
+    return glob.has_magic(spec) or "{" in spec
 
 
 def _open_path(path: str, split: str, image_column: str, label_column: str | None) -> Source:
     if path.startswith("hf:"):
         return table.open_hub(path, split, image_column, label_column)
+    if path.startswith(streamed.PREFIX):
+        raise DataError(
+            f"{path} is a stream: it has no length and no image by number, which is needed here. hf:NAME fetches a "
+            "data set first; in Python, nextblock.data.streaming makes training batches of a stream."
+        )
+    if is_tar(path) and (is_web(path) or os.path.isfile(path) or "{" in path):
+        return open_tars(_tars(path), plain(path) if is_web(path) else path, image_column, label_column)
+    if is_web(path):
+        raise DataError(f"{plain(path)} is not called .tar. Of what lies behind http, only tar shards can be read.")
     files, named = [path], True
     if not os.path.exists(path) and glob.has_magic(path):
         files = sorted(glob.glob(path, recursive=True))
@@ -92,13 +120,27 @@ def _open_path(path: str, split: str, image_column: str, label_column: str | Non
         files, named = glob.glob(f"{glob.escape(path)}/*.parquet"), False
         files = files or glob.glob(f"{glob.escape(path)}/data/*.parquet")
         if not files:
-            return _open_folder(path, split)
+            return _open_folder(path, split, image_column, label_column)
     if all(file.endswith(".parquet") for file in files):
         return table.open_parquet(files, path, split, named, image_column, label_column)
+    if all(map(is_tar, files)):
+        return open_tars(files, path, image_column, label_column)
     return open_files(files)
 
 
-def _open_folder(path: str, split: str) -> Source:
+def _tars(path: str) -> list[str]:
+    """The tars that a path, a pattern with braces or an address stands for."""
+    if os.path.exists(path):
+        return [path]
+    tars = expanded(path)
+    if not is_web(path):
+        if len(tars) == 1:
+            _require_path(tars[0])
+        require_all(tars, path)
+    return tars
+
+
+def _open_folder(path: str, split: str, image_column: str, label_column: str | None) -> Source:
     try:
         entries = [entry for entry in os.listdir(path) if not entry.startswith(".")]
     except OSError as error:
@@ -107,7 +149,10 @@ def _open_folder(path: str, split: str) -> Source:
     folders = [] if has_images else [entry for entry in entries if os.path.isdir(os.path.join(path, entry))]
     if TRAIN in folders and set(folders) <= {TRAIN, *HELD_OUT}:
         path = os.path.join(path, pick_split(split, folders, path))
-    return prepared.open_prepared(path) if prepared.is_prepared(path) else open_folder(path)
+    if prepared.is_prepared(path):
+        return prepared.open_prepared(path)
+    tars = tars_in(path, split)
+    return open_tars(tars, path, image_column, label_column) if tars else open_folder(path)
 
 
 def _require_path(path: str) -> None:
@@ -116,6 +161,6 @@ def _require_path(path: str) -> None:
     parent, name = os.path.split(os.path.abspath(path))
     siblings = os.listdir(parent) if os.path.isdir(parent) else []
     hint = nearest(name, siblings)
-    if not hint and _HUB_NAME.fullmatch(path) and not path.lower().endswith((*EXTENSIONS, ".parquet")):
+    if not hint and _HUB_NAME.fullmatch(path) and not path.lower().endswith((*EXTENSIONS, ".parquet", *ENDINGS)):
         hint = f" For a data set on the Hugging Face hub write 'hf:{path}'."
     raise DataError(f"no such file or folder: {path}.{hint}")

@@ -167,6 +167,8 @@ class WithLabels:
         self._source, self._labels = source, labels
         self.classes = source.classes if classes is None else tuple(classes)
         self.description = source.description
+        if (order := getattr(source, "order", None)) is not None:
+            self.order = order  # see `stream.locate`
 
     def __len__(self) -> int:
         return len(self._source)

@@ -1,0 +1,153 @@
+"""Data sets that are read while they come, through `datasets` streaming: nothing is fetched before it is used.
+
+Such a set has no length and no image by number, so it is no `Source`; `nextblock.data.streaming` makes batches of it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from datasets.distributed import split_dataset_by_node
+from numpy.typing import NDArray
+from PIL import Image
+
+from nextblock.data.sources.splits import split_candidates
+from nextblock.errors import DataError, SampleError, nearest
+
+PREFIX = "hf-stream:"
+_FILES = "parquet:"
+_OPENING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError)
+
+
+class Row(NamedTuple):
+    """One sample as it came: the image as the data set has it, its class number, what errors call it."""
+
+    image: Any
+    label: int | None
+    name: str
+
+    @property
+    def content(self) -> bytes | NDArray[Any] | Image.Image:
+        """Raises SampleError when the row holds no image."""
+        image = self.image["bytes"] if isinstance(self.image, Mapping) else self.image
+        if isinstance(image, bytes | np.ndarray | Image.Image):
+            return image
+        raise SampleError(self.name, "the row holds no image")
+
+
+class StreamedImages:
+    """The rows of a `datasets.IterableDataset`: an image column, and perhaps a label column of class numbers.
+
+    `title` begins the samples' names. Raises DataError for a column that is missing or of a wrong type, and for a data
+    set that is shuffled with a buffer, which `datasets` does not bring back.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        title: str,
+        image_column: str = "image",
+        label_column: str | None = None,
+    ) -> None:
+        if _is_shuffled(dataset._ex_iterable):
+            raise DataError(f"{title} is shuffled with a buffer, whose content is lost on resume. Give it unshuffled.")
+        columns = list(dataset.features or next(iter(dataset), {}))
+        for column, kind in ((image_column, "image"), (label_column or image_column, "label")):
+            if column not in columns:
+                hint = nearest(column, columns)
+                raise DataError(f"{title} has no {kind} column '{column}'; columns: {', '.join(columns)}.{hint}")
+        self.title, self._image = title, image_column
+        self._label = label_column or ("label" if "label" in columns else None)
+        features = dataset.features or {}
+        if isinstance(features.get(image_column), datasets.Image):
+            dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        label = features.get(self._label)
+        if not re.fullmatch(r"u?int\d+|bool|", str(getattr(label, "dtype", ""))):
+            if label_column is not None:
+                raise DataError(f"label column '{label_column}' of {title} is {label}; class numbers are needed")
+            self._label = None
+        self.classes: tuple[str, ...] | None = None
+        if self._label and isinstance(label, datasets.ClassLabel):
+            self.classes = tuple(label.names)
+        self._dataset = dataset.with_format(None)
+        self.description = f"{title}: streamed from {self.shards} file{'' if self.shards == 1 else 's'}"
+
+    @property
+    def shards(self) -> int:
+        """Files, or what else the set is made of, that parts are made of."""
+        return int(self._dataset.num_shards)
+
+    def part(self, number: int, parts: int, epoch: int) -> datasets.IterableDataset:
+        """Part `number` of so many, of files in an order that `epoch` decides; together they are all rows.
+
+        Each reads its own files where their number divides by the number of parts, or else all of them.
+        """
+        part = split_dataset_by_node(self._dataset, rank=number, world_size=parts)
+        part.set_epoch(epoch)
+        return part
+
+    def rows(self, batch: Mapping[str, Sequence[Any]], name: str) -> list[Row]:
+        """Of a batch of columns, as `IterableDataset.iter` gives them."""
+        images = batch[self._image]
+        labels = batch[self._label] if self._label else [None] * len(images)
+        return [
+            Row(image, None if label is None else int(label), f"{self.title} {name}[{number}]")
+            for number, (image, label) in enumerate(zip(images, labels, strict=True))
+        ]
+
+
+def open_streamed(
+    spec: str | datasets.IterableDataset, *, split: str = "train", image_column: str = "image",
+    label_column: str | None = None,
+) -> StreamedImages:  # fmt: skip
+    """Open a data set to be streamed.
+
+    Args:
+        spec: `hf-stream:NAME`, with `:CONFIG` and `@SPLIT` behind it where needed, for one on the Hugging Face hub;
+            `hf-stream:parquet:PATTERN` for Parquet files; or a `datasets.IterableDataset`.
+        split, image_column, label_column: see `open_source`.
+
+    Raises DataError when nothing usable is there.
+    """
+    if isinstance(spec, datasets.IterableDataset):
+        return StreamedImages(spec, "stream", image_column, label_column)
+    name = spec.removeprefix(PREFIX)
+    if name.startswith(_FILES):
+        pattern = os.path.expanduser(name.removeprefix(_FILES))
+        files = sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise DataError(f"no file matches {pattern}")
+        dataset = _loaded(spec, "parquet", data_files={"train": files}, split="train")
+        return StreamedImages(dataset, pattern, image_column, label_column)
+    name, _, asked = name.partition("@")
+    name, _, config = name.partition(":")
+    for candidate in split_candidates(asked or split):
+        dataset = _loaded(spec, name, name=config or None, split=candidate)
+        if dataset is not None:
+            return StreamedImages(dataset, f"{spec.partition('@')[0]}@{candidate}", image_column, label_column)
+    raise DataError(f"{spec} has no split '{asked or split}'.")
+
+
+def _loaded(spec: str, path: str, **options: Any) -> datasets.IterableDataset | None:
+    """None where there is no such split."""
+    try:
+        return datasets.load_dataset(path, streaming=True, **options)
+    except _OPENING_ERRORS as error:
+        told = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        if "Bad split" in told or "Unknown split" in told:
+            return None
+        raise DataError(
+            f"cannot open {spec}: {told}. Check the name, the network, and access to gated sets."
+        ) from error
+
+
+def _is_shuffled(examples: Any) -> bool:
+    inner = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
+    shuffled = type(examples).__name__ == "BufferShuffledExamplesIterable"
+    return shuffled or any(_is_shuffled(part) for part in inner if part is not None)

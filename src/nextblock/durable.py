@@ -1,0 +1,67 @@
+"""Files and folders that are there whole or not at all, also after a loss of power.
+
+What is written lies in memory until it is flushed, and so does a new name until the folder that has it is flushed:
+content first, then the name, then the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+_NOT_ASKED = (errno.EINVAL, errno.ENOTSUP)  # file systems over a network that cannot flush a folder
+
+
+def flush_folder(path: Path) -> None:
+    """The names in a folder, to disk. Raises OSError when the disk refuses."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_ASKED:
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it, where they are missing, each with its name on disk. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush_folder(folder.parent)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A small file: written beside, flushed, renamed, and its folder flushed. Raises OSError, `path` as it was."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Add to the end of a file, which is made when missing; what the disk takes only in part is taken back.
+
+    Not flushed: after a loss of power the end may be missing. Raises OSError.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(handle).st_size
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+        except OSError:
+            os.ftruncate(handle, before)
+            raise
+    finally:
+        os.close(handle)

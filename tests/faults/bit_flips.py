@@ -1,0 +1,164 @@
+"""Random damage to files that were written: one bit flipped, or the end cut off. Each must be noticed before use."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nextblock.checkpoints.pretrained import load_pretrained, save_pretrained
+from nextblock.data.latents import open_latents
+from nextblock.data.prepared import open_prepared
+from nextblock.data.preprocess import Preprocessing
+from nextblock.errors import NextblockError
+from nextblock.jobs.cache_latents import cache_latents
+from nextblock.jobs.prepare import prepare
+from nextblock.training.checkpoint import newest_checkpoint, save_checkpoint
+from nextblock.xtra.config import XTRAConfig
+from nextblock.xtra.model import XTRA
+from tiny_run import tiny, write_images
+from victims import digest_of, write_vae
+
+FLIP, CUT = "flip", "cut"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """files: that are damaged, one at a time. use: reads all that anybody would, into a digest; raises when damage is
+    noticed. careful: reads what `use` may leave alone; None where there is nothing such."""
+
+    files: list[Path]
+    use: Callable[[], str]
+    careful: Callable[[], object] | None = None
+
+
+@dataclass
+class Damaged:
+    """tries: by what was done and what came of it. failures: damage that nobody noticed, or not in words."""
+
+    tries: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def damaged_at_random(subject: Subject, count: int, draw: random.Random) -> Damaged:
+    """Damage a file of the subject, use it, mend it; so many times."""
+    whole, found = subject.use(), Damaged()
+    for _ in range(count):
+        file = draw.choice(subject.files)
+        content = file.read_bytes()
+        how = draw.choice((FLIP, FLIP, CUT))
+        place = draw.randrange(len(content))
+        damaged = bytearray(content)
+        if how == CUT:
+            del damaged[place:]
+        else:
+            damaged[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            came = _judged(subject, whole)
+        finally:
+            file.write_bytes(content)
+        found.tries[f"{how}: {came.partition(':')[0]}"] += 1
+        if came not in ("noticed", "told by verify"):
+            found.failures.append(f"{how} at {place} of {len(content)} bytes of {file.name}: {came}")
+    assert subject.use() == whole
+    return found
+
+
+def _judged(subject: Subject, whole: str) -> str:
+    try:
+        used = subject.use()
+    except NextblockError:
+        return "noticed"
+    except Exception as error:
+        return f"no error of ours: {type(error).__name__}: {error}"
+    if used != whole:
+        return "not noticed: other content"
+    if subject.careful:
+        try:
+            subject.careful()
+        except NextblockError:
+            return "told by verify"
+    return "not noticed: the same content"
+
+
+def checkpoints(folder: Path) -> Subject:
+    """The newer one of two: damage is noticed, told, and the older one taken."""
+    torch.manual_seed(0)
+    for step in (4, 8):
+        state = {"model": {"w": torch.randn(400)}, "optimizer": {"state": {0: torch.randn(9)}}, "step": step}
+        save_checkpoint(folder, step, state, keep=2)
+    older = digest_of(newest_checkpoint(folder)[1])
+
+    def use() -> str:
+        told: list[str] = []
+        path, state = newest_checkpoint(folder, told.append)
+        if told:
+            assert len(told) == 1
+            assert "step-00000008 is damaged" in told[0]
+            assert (path.name, state["step"]) == ("step-00000004", 4)
+            raise NextblockError(told[0])
+        assert digest_of(state) == older
+        return digest_of(state)
+
+    newer = folder / "step-00000008"
+    return Subject([newer / "state.pt", newer / "checkpoint.json"], use)
+
+
+def latents(folder: Path) -> Subject:
+    """Shards of a latent cache: moments, labels, names."""
+    images = write_images(folder / "images", per_class=4)
+    write_vae(folder / "vae")
+    cache = cache_latents(
+        dataset=images, vae=folder / "vae", out=folder / "cache", image_size_px=16, workers=0, quiet=True
+    )  # fmt: skip
+
+    def use() -> str:
+        found = open_latents(cache)
+        every = np.arange(len(found))
+        moments = [found.moments(every, [flip] * len(found)) for flip in (False, True)]
+        names = [found.name(int(index)) for index in every]
+        return digest_of([torch.from_numpy(np.stack(moments)), found.labels.tolist(), names, found.classes])
+
+    return Subject(sorted(cache.glob("shard-*")), use, lambda: open_latents(cache).verify())
+
+
+def prepared(folder: Path) -> Subject:
+    """Shards and index of prepared images: contents, labels, names."""
+    made = prepare(
+        data=write_images(folder / "images", per_class=4), out=folder / "made", format="png", workers=0, quiet=True
+    )  # fmt: skip
+
+    def use() -> str:
+        found = open_prepared(made)
+        contents = [found[index].content for index in range(len(found))]
+        names = [found.name(index) for index in range(len(found))]
+        return digest_of([contents, names, found.labels().tolist(), found.classes])
+
+    return Subject([*sorted(made.glob("shard-*")), made / "index.bin"], use, lambda: open_prepared(made).verify())
+
+
+def exported(folder: Path) -> Subject:
+    """Exported weights."""
+    torch.manual_seed(0)
+    weights = folder / "exported"
+    save_pretrained(weights, XTRA(XTRAConfig(**tiny()["model"])), Preprocessing((16, 16)).to_dict(), None)
+
+    def use() -> str:
+        model, preprocessing = load_pretrained(weights)
+        return digest_of([model.state_dict(), preprocessing])
+
+    return Subject([weights / "model.safetensors"], use)
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    "checkpoints": checkpoints,
+    "latent shards": latents,
+    "prepared shards": prepared,
+    "exported weights": exported,
+}
