@@ -34,7 +34,7 @@ from nextblock.vae import Autoencoder
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "imagenet-sample"
 SIZES_PX = (64, 128)
-FULL_PX, FULL_IMAGES = 256, 2
+FULL_PX, FULL_IMAGES = 256, 6
 FULL = {
     "block_out_channels": (128, 128, 256, 256, 512), "layers_per_block": 2, "latent_channels": 16,
     "down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5,

@@ -77,12 +77,13 @@ def shuffled(seed: int, purpose: str, n: int, places: ArrayLike) -> NDArray[np.i
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     keys = np.array([key(seed, f"{purpose}/round{r}") for r in range(4)], dtype=np.uint64)
-    todo = np.ones(x.shape, dtype=bool)
-    while todo.any():
-        left, right = x[todo] >> half, x[todo] & low
+    values, todo = x, np.arange(len(x))
+    while len(todo):
+        left, right = values >> half, values & low
         for round_key in keys:
-            with np.errstate(over="ignore"):
-                left, right = right, left ^ (_mix(right * _GAMMA + round_key) & low)
-        x[todo] = (left << half) | right
-        todo &= x >= n
+            left, right = right, left ^ (_mix(right * _GAMMA + round_key) & low)
+        values = (left << half) | right
+        x[todo] = values
+        outside = values >= n
+        values, todo = values[outside], todo[outside]
     return x.astype(np.int64).reshape(np.shape(places))

@@ -4,10 +4,11 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from nextblock.data.decode import open_checked, orientation_of
-from nextblock.data.jpeg_header import plain_header
+from nextblock.data.jpeg_header import plain_header, shortened
 
 
 def jpeg(height: int = 50, width: int = 90, mode: str = "RGB", **options: object) -> bytes:
@@ -82,3 +83,41 @@ def test_whatever_byte_is_changed_it_never_says_other_than_pillow(kind: str) -> 
             assert orientation_of(image) == 1
             read += 1
     assert len(places) / 2 < read < len(places)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["4:2:0", "4:2:2", "4:4:4", "gray", "restarts", "Adobe"])
+def test_a_shortened_file_has_the_same_rows(kind: str, scale: int) -> None:
+    options: dict[str, object] = {"4:2:2": {"subsampling": 1}, "4:4:4": {"subsampling": 0}, "gray": {"mode": "L"},
+                                  "restarts": {"restart_marker_rows": 1}}.get(kind, {})  # fmt: skip
+    content = jpeg(333, 217, **options)
+    content = with_segment(content, 0xEE, b"Adobe\0" + bytes(5) + b"\1") if kind == "Adobe" else content
+    header = plain_header(content)
+    assert header is not None
+    colours = {"colorspace": "GRAY" if kind == "gray" else "RGB", "min_factor": scale}
+    whole = simplejpeg.decode_jpeg(content, min_height=-(-333 // scale), min_width=-(-217 // scale), **colours)
+    for bottom in range(scale, 300, 24 + scale):
+        short = shortened(content, header, bottom)
+        if short is None:
+            assert bottom > 0.85 * 333
+            continue
+        height = int.from_bytes(short[header.frame : header.frame + 2], "big")
+        assert bottom < height < 333
+        part = simplejpeg.decode_jpeg(
+            short, min_height=-(-height // scale), min_width=-(-217 // scale), strict=False, **colours
+        )
+        assert part.shape[0] == -(-height // scale)
+        np.testing.assert_array_equal(part[: bottom // scale], whole[: bottom // scale])
+
+
+def test_what_is_not_shortened() -> None:
+    def short(content: bytes, bottom: int = 40) -> bytearray | None:
+        header = plain_header(content)
+        assert header is not None
+        return shortened(content, header, bottom)
+
+    whole = jpeg(200, 90)
+    assert short(whole) is not None
+    assert short(whole, 180) is None  # little would be saved
+    assert short(whole[:-2]) is None  # cut off: who decodes must see it
+    assert short(jpeg(200, 90, progressive=True)) is None  # every scan covers the whole image

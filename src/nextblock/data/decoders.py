@@ -8,7 +8,8 @@
 
 The scale is a function of the box and the size wanted: the largest at which the box still has as many pixels. The last
 two give the same pixels as far as both were built with the same libjpeg-turbo, and decode of a prepared JPEG only what
-the box needs (`jpeg_units`), which changes no pixel. Whatever decodes, the policy of
+the box needs (`jpeg_units`); simplejpeg stops below the box in any JPEG coded from top to bottom (`shortened`). That
+changes no pixel. Whatever decodes, the policy of
 `decode.py` holds: the same files are broken, and orientation, colours and transparency mean the same.
 
 Pillow and torch resize with the same filter, bicubic with antialiasing, and round differently; torch looks no further
@@ -41,7 +42,7 @@ from nextblock.data.decode import (
     sample_errors,
     to_channels,
 )
-from nextblock.data.jpeg_header import SOI, plain_header
+from nextblock.data.jpeg_header import SOI, plain_header, shortened
 from nextblock.data.jpeg_units import UnitJpeg, cut_units
 from nextblock.errors import ConfigError, nearest
 
@@ -160,6 +161,11 @@ def _plain_part(
         coded, header, above, left = cut_units(content, header, rows, columns, scale)
         rows = slice(rows.start - above, rows.stop - above)
         columns = slice(columns.start - left, columns.stop - left)
+    elif (short := shortened(content, header, rows.stop * scale)) is not None:
+        height = int.from_bytes(short[header.frame : header.frame + 2], "big")
+        pixels = _by_simplejpeg(short, (height, header.width), header.components, scale, strict=False)
+        if pixels is not None:
+            return pixels[rows, columns]
     decoded = _by_simplejpeg if decoder == SIMPLEJPEG else _by_pillow
     pixels = decoded(coded, (header.height, header.width), header.components, scale)
     return None if pixels is None else pixels[rows, columns]
@@ -198,16 +204,16 @@ def _checked_part(
 
 
 def _by_simplejpeg(
-    content: bytes | bytearray, sides: tuple[int, int], channels: int, scale: int
+    content: bytes | bytearray, sides: tuple[int, int], channels: int, scale: int, *, strict: bool = True
 ) -> NDArray[np.uint8] | None:
-    """Pixels [H, W, C], or None when it refuses: it takes nothing that libjpeg has so much as a warning for.
+    """Pixels [H, W, C], or None when it refuses: if `strict`, whatever libjpeg has so much as a warning for.
 
     They are good until the next call in this thread.
     """
     height, width = (-(-side // scale) for side in sides)
     try:
         pixels: NDArray[np.uint8] = _simplejpeg().decode_jpeg(
-            content, _NAMES[channels], min_height=height, min_width=width, min_factor=scale, strict=True,
+            content, _NAMES[channels], min_height=height, min_width=width, min_factor=scale, strict=strict,
             buffer=_buffer(height * width * channels),
         )  # fmt: skip
     except (ValueError, RuntimeError):

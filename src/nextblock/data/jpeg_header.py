@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SOI = b"\xff\xd8"
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+LEAST_SAVED = 0.95  # of the height; a copy of the file is not worth less
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SCAN = 0xDA
@@ -41,6 +42,26 @@ def plain_header(content: bytes) -> JpegHeader | None:
         return _read(content)
     except IndexError:  # it is cut off
         return None
+
+
+def shortened(content: bytes, header: JpegHeader, bottom: int) -> bytearray | None:
+    """A copy that says it ends soon below row `bottom`, so that a decoder stops there; the rows above are the same.
+
+    None where little is saved, where the file does not end as it should (it may be cut off, which whoever decodes must
+    notice), and where its pixels are not coded from top to bottom in one scan. What follows the last row is left in
+    place: a decoder has a warning for it, and must be told to go on.
+    """
+    unit = header.unit[0]
+    height = (-(-bottom // unit) + 1) * unit  # a unit more: colours are interpolated across the edge of units
+    scan = header.scan - 8 - 2 * header.components
+    one_scan = content[scan : scan + 2] == bytes([0xFF, _SCAN]) and content[scan + 4] == header.components
+    if content[header.frame - 4] != _FRAMES[0] or not one_scan or not content.endswith(EOI):
+        return None
+    if height > LEAST_SAVED * header.height:
+        return None
+    made = bytearray(content)
+    made[header.frame : header.frame + 2] = height.to_bytes(2, "big")
+    return made
 
 
 def _read(content: bytes) -> JpegHeader | None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextblock.layers.attention import KVCache
-from nextblock.xar.layers import XARLayer
+from nextblock.xar.layers import GatedMLP, XARLayer
 from nextblock.xar.model import XAR
 
 KEPT_BYTES = 2**30  # most memory for what class and time make of the layers
@@ -156,6 +157,9 @@ class FastPasses(Passes):
         self._record = record
         self._recorded: dict[tuple[int, int, bool], _Recorded] = {}
         self._cache_rows = 0
+        for layer in self.model.layers:
+            assert isinstance(layer, XARLayer)
+            layer.mlp = _Joined(layer.mlp)  # type: ignore[assignment]
         _compile(self.model, backend)
         if bf16:
             for part in self.model.modules():
@@ -197,6 +201,23 @@ class FastPasses(Passes):
         labels = None if self.labels is None else self.labels[: len(x)].clone()
         replay, out = self._record(lambda: self._through(entity, static, times, labels, remember))
         return _Recorded(static, times, labels, replay, out)
+
+
+class _Joined(nn.Module):
+    """A `GatedMLP` without dropout whose gate and value come out of one product: larger ones are faster."""
+
+    def __init__(self, mlp: GatedMLP) -> None:
+        super().__init__()
+        parts = (mlp.gate, mlp.value)
+        self.both = nn.Linear(mlp.gate.in_features, 2 * mlp.gate.out_features)
+        self.both.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+        self.both.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        self.out = mlp.out
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.both(x).chunk(2, -1)
+        found: Tensor = self.out(F.gelu(gate) * value)
+        return found
 
 
 def _compile(model: XAR, backend: str) -> None:
