@@ -1,13 +1,14 @@
 # make demo   see it work, four to five minutes
 # make test   everything that guards the project
 # make bench  speed beside the plain path, on the CPU (about 15 minutes); make bench-gpu: on a GPU
+# make faults 200 kills, 1,000 damaged files, 10,000 damaged images, soak, long fuzzing (about an hour)
 # make check  lint, types and import floors only
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test bench bench-gpu check install clean
+.PHONY: demo test bench bench-gpu faults check install clean
 
 demo: $(INSTALLED)
 	$(BIN)/nextblock demo
@@ -20,6 +21,12 @@ bench: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench --device cuda
+
+faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.full --kills 200 --damage 1000 --processes 2 --report benchmarks/results/faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.images --mutations 10000 --report benchmarks/results/faults-images.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --steps 5000 --report benchmarks/results/soak.json
+	OMP_NUM_THREADS=1 NEXTBLOCK_FUZZ=long $(BIN)/python -m pytest tests/faults/test_fuzz.py --timeout 7200
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

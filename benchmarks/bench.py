@@ -129,6 +129,9 @@ def markdown(rows: Sequence[dict[str, Any]], results: Path) -> str:
             str(row["target"]), {True: "yes", False: "**no**"}.get(row["met"], str(row["met"])),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"- {row['name']}: {row['note']}" for row in rows if row["ours"] is not None and row["note"]]
+    if notes:
+        lines += ["", "<details><summary>What exactly was measured</summary>", "", *notes, "", "</details>"]
     about = []
     for device in DEVICES:
         tables = read_tables(results / f"speed-{device}.json").values()

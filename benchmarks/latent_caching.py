@@ -34,7 +34,7 @@ from nextblock.vae import Autoencoder
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "imagenet-sample"
 SIZES_PX = (64, 128)
-FULL_PX, FULL_IMAGES = 256, 6
+FULL_PX, FULL_IMAGES = 256, 3
 FULL = {
     "block_out_channels": (128, 128, 256, 256, 512), "layers_per_block": 2, "latent_channels": 16,
     "down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5,
@@ -62,7 +62,7 @@ def rows(device: str, quick: bool = False, data: Path = DATA) -> list[Row]:
             _row(row, size, files, small, folder, rounds, "small KL-16")
             for row, size in zip(found, SIZES_PX, strict=False)
         ]
-        once = (0, 1) if quick or device == "cpu" else rounds
+        once = (0, 1) if quick else (1, 3) if device == "cpu" else rounds
         return [*measured, _row(found[-1], 32 if quick else FULL_PX, few, full, folder, once, "KL-16's width")]
 
 

@@ -82,7 +82,9 @@ def measured(case: Case, device: str, quick: bool = False) -> Row:
     arms: dict[str, Callable[[], object]] = {"ours": ours, "plain": other, "limit": ceiling}
     timed = interleaved(arms, rounds=case.rounds, warmup=1, device=device)
     amounts = {"ours": float(case.batch), "plain": float(case.batch), "limit": operations / image_flops(case)}
-    note = f"batch {case.batch}, {case.steps} steps, guidance {GUIDANCE}; {case.note}"
+    recorded = " and passes recorded" if device == "cuda" else ""
+    note = f"layers compiled{recorded}, plain eager; batch {case.batch}, {case.steps} steps, guidance {GUIDANCE}; "
+    note += case.note
     return replace(timed.row(case.row, amounts), note=note)
 
 

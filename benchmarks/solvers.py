@@ -226,11 +226,13 @@ def row_of(verdict: Mapping[str, Any], generators: int, samples: int) -> Row:
     """The row of the speed table."""
     fewest, reference = verdict["fewest"]["euler_maruyama"], verdict["reference"]
     told = fewest["arm"] or "no solver is as good"
+    itself = verdict["equal_from"].get(REFERENCE.name, {}).get("euler_maruyama", "more")
     note = (
         f"{told}; {generators} generator{'s' * (generators > 1)} of digits, {samples} samples each, "
         f"{reference['noise_seeds']} noise seeds of the reference; the cheapest converged Euler needs "
-        f"{verdict['cheapest_euler']} evaluations; measured by "
-        "python -m benchmarks.solvers"
+        f"{verdict['cheapest_euler']} evaluations, Euler-Maruyama itself "
+        f"{itself}; the best of {len(verdict['equal_from'])} arms on "
+        "the same samples; measured by python -m benchmarks.solvers"
     )
     return replace(ROW, ours=fewest["evaluations"], plain=float(REFERENCE_STEPS), note=note)
 

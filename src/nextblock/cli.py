@@ -70,7 +70,9 @@ def _batch_option(args: list[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"nextblock: {message}", file=sys.stderr)
+    # names of files stand in messages: none may move a terminal's cursor
+    told = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in message)
+    print(f"nextblock: {told}", file=sys.stderr)
     return code
 
 
@@ -105,7 +107,7 @@ def _call(verb: str, job: Callable[..., Any], sections: dict[str, type], needs: 
     types = {option: getattr(a, "_typehint", None) for a in parser._actions for option in a.option_strings}
     help_line = f"\nSee: nextblock {verb} --help"
     for option in (_option(arg) for arg in args if arg.startswith("--") and len(arg) > 2):
-        if option not in types:
+        if option not in types or option[2:] in sections:  # a section from a file would import its class paths
             return _fail(f"{verb} has no option {option}.{nearest(option, types)}{help_line}", 2)
     try:
         given = parser.parse_args(_spelled_out(args, types), defaults=False).as_dict()

@@ -25,6 +25,25 @@ def flush_folder(path: Path) -> None:
         os.close(handle)
 
 
+def flush_file(path: Path) -> None:
+    """What a file holds, to disk. Raises OSError."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_tree(folder: Path) -> None:
+    """All that a folder holds, and their names, to disk. Raises OSError."""
+    for path in folder.rglob("*"):
+        flush_folder(path) if path.is_dir() else flush_file(path)
+    flush_folder(folder)
+
+
+def give_name(beside: Path, final: Path) -> None:
+    """Rename what was written and flushed `beside`, and flush the name. Raises OSError."""
+    beside.replace(final)
+    flush_folder(final.parent)
+
+
 def make_folder(path: Path) -> None:
     """A folder and those above it, where they are missing, each with its name on disk. Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

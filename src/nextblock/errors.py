@@ -48,7 +48,7 @@ def shown(text: object, most: int = 200) -> str:
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string when nothing is close."""
-    match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else ""
 
 

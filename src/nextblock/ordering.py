@@ -39,6 +39,7 @@ from torch import Tensor
 from nextblock.errors import ConfigError
 
 Pair = tuple[int, int]
+_MOST_TRIED = 10_000  # sizes that are looked through for an advice
 
 # How an entity's size (k1, k2) sits in the grid: neighbouring patches, or patches spaced evenly over the grid.
 _SPLIT = {
@@ -62,7 +63,7 @@ def as_pair(value: int | Sequence[int], name: str) -> Pair:
 def _check_fit(kind: str, grid: Pair, size: Pair) -> None:
     if not (grid[0] % size[0] or grid[1] % size[1]):
         return
-    fits = [k for k in range(1, min(grid) + 1) if grid[0] % k == 0 and grid[1] % k == 0]
+    fits = [k for k in range(1, min(*grid, _MOST_TRIED) + 1) if grid[0] % k == 0 and grid[1] % k == 0]
     below, above = [k for k in fits if k < max(size)][-1:], [k for k in fits if k > max(size)][:1]
     sides = {n // k * k + up for n, k in zip(grid, size, strict=True) for up in (0, k if n % k else 0)}
     raise ConfigError(

@@ -147,6 +147,7 @@ def _weights_folder(folder: Path, honest: Path, weights: bytes) -> Path:
     config = json.loads((folder / "config.json").read_text()) | {"sha256": hashlib.sha256(weights).hexdigest()}
     vae = {"kind": "pixels", "latent_channels": 3, "scale_factor": 1.0, "sha256": None}
     config["generator"] = {"vae": vae, "classes": ["a", "b"], "image_size_px": [4, 4], "channels": 3, "weights": "raw"}
+    del config["about_sha256"]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

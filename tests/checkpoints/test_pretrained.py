@@ -168,6 +168,34 @@ def test_damage_and_strangers_are_told(tmp_path: Path) -> None:
         find_folder(cut, "main")
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "config.json": {"classes": ["cat", "cow", "owl"]}, "another value": {"origin": "a sea"},
+    "preprocessor_config.json": {"mean": [0.5, 0.5, 0.6]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_said_beside_the_weights_is_what_was_written(what: str, tmp_path: Path) -> None:
+    values = Preprocessing((16, 16)).to_dict()
+    folder = save_pretrained(tmp_path / "kept", _classifier(), values, "a card", {"origin": "a lake"})
+    file = folder / (what if what.endswith(".json") else "config.json")
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | CHANGES[what]))
+    with pytest.raises(CheckpointError, match=rf"{file.name} was changed since it was written.*remove \w*sha256 there"):
+        load_pretrained(folder)
+    lacking = said | CHANGES[what]  # as it was written before there was a hash
+    del lacking["sha256" if "processor" in what else "about_sha256"]
+    file.write_text(json.dumps(lacking))
+    load_pretrained(folder)
+    if "processor" not in what:
+        for name in ("about_sha257", "config_sha25v"):  # which one wrong bit makes of a hash's name
+            file.write_text(json.dumps(lacking | {name: "0" * 64}))
+            with pytest.raises(CheckpointError, match=r"config\.json was changed"):
+                load_pretrained(folder)
+        file.write_text(json.dumps(said | CHANGES[what] | {"transformers_version": "5"}))  # written anew by others
+        load_pretrained(folder)
+
+
 def test_a_name_goes_to_the_hub_unless_its_folder_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

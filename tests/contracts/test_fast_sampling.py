@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from close import assert_close
+from nextblock.errors import ConfigError
+from nextblock.training.activation_checkpointing import checkpoint_layers
 from nextblock.xar import passes
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
@@ -40,16 +42,33 @@ def drawn(model: XAR, made_by: Passes | None = None, **more: Any) -> Tensor:
     return sample_latents(model, passes=made_by, **({"steps": 4, "solver": "heun"} | given | more))
 
 
-def recorded_on_the_host(run: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
-    """What `passes.cuda_graph` promises, without a graph: `replay` fills the tensor that the first run gave."""
-    out = run()
+class HostRecorder:
+    """What `passes.CudaGraphs` promises, without graphs: `replay` fills the tensor that the first run gave, and works
+    on the cache that there was when it was recorded, wherever that now is."""
 
-    def replay() -> None:
-        found = run()
-        if out is not None and found is not None:
-            out.copy_(found)
+    def __init__(self) -> None:
+        self.fast: FastPasses
+        self.count = 0
 
-    return replay, out
+    def __call__(self, run: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
+        self.count += 1
+        cache, length, out = self.fast.cache, self.fast.cache.length, run()
+
+        def replay() -> None:
+            now, self.fast.cache = self.fast.cache, cache
+            before, cache.length = cache.length, length
+            found = run()
+            self.fast.cache, cache.length = now, before
+            if out is not None and found is not None:
+                out.copy_(found)
+
+        return replay, out
+
+
+def recording(model: XAR) -> tuple[FastPasses, HostRecorder]:
+    recorder = HostRecorder()
+    recorder.fast = FastPasses(model, backend="eager", record=recorder)
+    return recorder.fast, recorder
 
 
 @pytest.mark.parametrize("name", ENTITIES)
@@ -83,33 +102,68 @@ def test_compiled_and_recorded_passes_sample_the_same(name: str) -> None:
     model = make(name)
     plain = drawn(model)
     assert_close(drawn(model, FastPasses(model, backend="eager", record=None)), plain, 1e-12)
-    recording = FastPasses(model, backend="eager", record=recorded_on_the_host)
+    fast, _ = recording(model)
     for _ in range(2):  # the second time, everything is replayed
-        assert_close(drawn(model, recording), plain, 1e-12)
-    assert_close(drawn(model, recording, seed=7), drawn(model, seed=7), 1e-12)
-    if model.config.num_classes:
-        few = {"labels": torch.tensor([2]), "guidance": 1.0}
-        assert_close(drawn(model, recording, **few), drawn(model, **few), 1e-12)
+        assert_close(drawn(model, fast), plain, 1e-12)
+    assert_close(drawn(model, fast, seed=7), drawn(model, seed=7), 1e-12)
+    if model.config.num_classes:  # room for twice the rows while some passes still have the old number
+        sometimes: dict[str, Any] = {"guidance_interval": (0.3, 0.8)}
+        grown, _ = recording(model)
+        for more in ({"guidance": 1.0}, sometimes):
+            assert_close(drawn(model, grown, **more), drawn(model, **more), 1e-12)
+    for labels in (
+        [3, 2, 2],
+        [2],
+        [0, 1, 2, 3, 4],
+        [1, 4, 0],
+    ):  # others, fewer, more than there was room for, the first
+        given = {"labels": torch.tensor(labels)} if model.config.num_classes else {"count": len(labels)}
+        assert_close(drawn(model, fast, **given), drawn(model, **given), 1e-12)
     assert model.layers[0].before.__func__ is type(model.layers[0]).before  # the model itself is as it was
 
 
 def test_each_shape_is_recorded_once_and_not_more_than_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, recorded = make(), []
-
-    def record(run: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
-        recorded.append(run)
-        return recorded_on_the_host(run)
-
-    fast = FastPasses(model, backend="eager", record=record)
+    model = make()
+    fast, recorder = recording(model)
     for _ in range(2):
         drawn(model, fast)
     # six cells: the first unguided, five doubled, and five of the six remembered
-    assert len(recorded) == 11
+    assert recorder.count == 11
+    monkeypatch.setattr(passes, "MOST_RECORDED", 20)
+    fewer = {"labels": torch.tensor([2, 1])}
+    assert_close(drawn(model, fast, **fewer), drawn(model, **fewer), 1e-12)  # eleven more do not fit beside
+    assert_close(drawn(model, fast), drawn(model), 1e-12)
+    assert len(fast._recorded) <= 20
     monkeypatch.setattr(passes, "MOST_RECORDED", 4)
-    recorded.clear()
-    few = FastPasses(model, backend="eager", record=record)
-    assert_close(drawn(model, few), drawn(model), 1e-12)
-    assert len(recorded) == 0  # too many shapes: none, rather than some
+    none, recorder = recording(model)
+    assert_close(drawn(model, none), drawn(model), 1e-12)
+    assert recorder.count == 0  # too many shapes: none, rather than some
+
+
+def test_passes_are_of_one_precision_whatever_surrounds_them() -> None:
+    model = make().float()
+    fast, plain = FastPasses(model, backend="eager", record=None), drawn(model)
+    for bf16 in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert_close(drawn(model, fast), plain, 1e-5)
+    coarse = FastPasses(model, bf16=True, backend="eager", record=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = drawn(model)
+    assert_close(drawn(model, coarse), autocast, 3e-2)
+
+
+def test_weights_that_change_are_noticed_and_no_numbers_are_drawn() -> None:
+    model = make()
+    torch.manual_seed(3)
+    fast = FastPasses(model, backend="eager", record=None)
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model.tokens_out.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="have changed"):
+        drawn(model, fast)
+    checkpoint_layers(model, "full")
+    with pytest.raises(ConfigError, match="activation_checkpointing"):
+        FastPasses(model)
 
 
 def test_passes_belong_to_their_model() -> None:

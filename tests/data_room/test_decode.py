@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def jpeg_of_scans(count: int, height: int = 64, width: int = 64) -> bytes:
 def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     assert scans(jpeg_of_scans(30)) == 30
     assert decode(jpeg_of_scans(100), "x").shape == (64, 64, 3)
-    for decoder in ("pillow", "pillow-scaled"):
+    for decoder in ("pillow", "pillow-scaled", *(["simplejpeg"] if find_spec("simplejpeg") else [])):
         with pytest.raises(SampleError, match="a JPEG of more than 100 scans"):
             decode_crop(jpeg_of_scans(101), "x", lambda h, w: (0, 0, h, w), (8, 8), decoder=decoder)
 

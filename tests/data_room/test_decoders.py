@@ -6,6 +6,8 @@ Without simplejpeg its rows are skipped; `pillow-scaled`, which is to give the s
 import importlib.util
 import io
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,14 +138,28 @@ def damaged() -> list[bytes]:
     return found
 
 
+def damaged_below() -> list[bytes]:
+    """Markers that do not belong there, in the lower half of the coded pixels."""
+    content = jpeg(picture(400, 300))
+    middle = len(content) * 3 // 4
+    markers = [bytes([0xFF, number]) for number in (0xC0, 0xC4, 0xDB, 0xDD, 0xD8, 0xD9, 0xDA, 0xE0, 0x01, 0xC8)]
+    return [content[:middle] + marker + content[middle + 2 * over :] for marker in markers for over in (0, 1)]
+
+
+def above(height: int, width: int) -> Box:
+    return 0, 0, height // 4, width * 2 // 3
+
+
 @pytest.mark.parametrize("decoder", SCALED)
-@pytest.mark.parametrize("size", [20, 100])
-def test_the_same_files_are_broken(decoder: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "box", "of"), [(20, whole, damaged), (100, whole, damaged), (40, above, damaged_below)]
+)
+def test_the_same_files_are_broken(decoder: str, size: int, box: Any, of: Callable[[], list[bytes]]) -> None:
     verdicts: dict[str, list[str]] = {decoder: [], "pillow": []}
-    for content in damaged():
+    for content in of():
         for each, said in verdicts.items():
             try:
-                decode_crop(content, "x", whole, (size, size), decoder=each)
+                decode_crop(content, "x", box, (size, size), decoder=each)
                 said.append("")
             except SampleError as error:
                 said.append(error.reason)

@@ -4,7 +4,6 @@ import io
 
 import numpy as np
 import pytest
-import simplejpeg
 from PIL import Image
 
 from nextblock.data.decode import open_checked, orientation_of
@@ -88,6 +87,7 @@ def test_whatever_byte_is_changed_it_never_says_other_than_pillow(kind: str) -> 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", ["4:2:0", "4:2:2", "4:4:4", "gray", "restarts", "Adobe"])
 def test_a_shortened_file_has_the_same_rows(kind: str, scale: int) -> None:
+    simplejpeg = pytest.importorskip("simplejpeg")
     options: dict[str, object] = {"4:2:2": {"subsampling": 1}, "4:4:4": {"subsampling": 0}, "gray": {"mode": "L"},
                                   "restarts": {"restart_marker_rows": 1}}.get(kind, {})  # fmt: skip
     content = jpeg(333, 217, **options)
@@ -120,4 +120,7 @@ def test_what_is_not_shortened() -> None:
     assert short(whole) is not None
     assert short(whole, 180) is None  # little would be saved
     assert short(whole[:-2]) is None  # cut off: who decodes must see it
+    assert short(whole + b"more") is None
+    assert short(whole[:-500] + b"\xff\xc4" + whole[-500:]) is None  # a marker that does not belong there
+    assert short(jpeg(200, 90, restart_marker_rows=1)) is not None
     assert short(jpeg(200, 90, progressive=True)) is None  # every scan covers the whole image

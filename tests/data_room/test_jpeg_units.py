@@ -32,6 +32,12 @@ KINDS = {
     "4:2:2": jpeg(noise(80, 128), subsampling=1),
     "gray": jpeg(noise(83, 121).convert("L")),
     "one unit": jpeg(noise(9, 11)),
+    # libjpeg interpolates no colours where there are not three across: a last unit of two must not stand alone
+    **{
+        f"{kind}, {width} px": jpeg(noise(20, width), subsampling=subsampling)
+        for kind, subsampling in (("4:2:0", 2), ("4:2:2", 1))
+        for width in (33, 34, 35, 36)
+    },
     "smooth": jpeg(picture(83, 121)),
 }
 

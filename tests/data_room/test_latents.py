@@ -189,8 +189,8 @@ def test_verify_passes_over_all_shards(folder: Path) -> None:
 def test_what_is_no_finished_cache(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cach is no latent cache.*Did you mean 'cache'"):
         open_latents(tmp_path / "cach")
-    stored = json.loads((folder / ABOUT).read_text())
-    (folder / ABOUT).write_text(json.dumps(stored | {"finished": False}))
+    about, stored = About.read(folder), json.loads((folder / ABOUT).read_text())
+    dataclasses.replace(about, finished=False).write(folder)
     with pytest.raises(DataError, match=r"not finished: 4 of 4 shards.*--resume"):
         open_latents(folder)
     (folder / ABOUT).write_text(json.dumps(stored | {"format": 9}))
@@ -199,6 +199,17 @@ def test_what_is_no_finished_cache(folder: Path, tmp_path: Path) -> None:
     (folder / ABOUT).write_text("{")
     with pytest.raises(DataError, match=r"latents\.json cannot be read"):
         open_latents(folder)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"classes": ["cat", "cow"]}, {"more": 1}, {"sha256": None}])
+def test_what_latents_json_says_is_what_was_written(folder: Path, change: dict[str, object]) -> None:
+    stored = json.loads((folder / ABOUT).read_text())
+    (folder / ABOUT).write_text(json.dumps(stored | change))
+    with pytest.raises(DataError, match=r"latents\.json cannot be read.*not what was written"):
+        open_latents(folder)
+    del stored["sha256"]
+    (folder / ABOUT).write_text(json.dumps(stored))  # as it was written before there was a hash
+    assert len(open_latents(folder)) == 12
 
 
 def test_a_pickle_holds_no_moments(folder: Path, values: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -335,7 +336,7 @@ def test_what_is_no_folder_of_finished_prepared_images(made: PreparedImages, tmp
         open_prepared(tmp_path / "mode")
     path = made.folder / ABOUT
     values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"index": None, "asked": {"data": "/images"}}))
+    write_about(made.folder, dataclasses.replace(made.about, index=None, asked={"data": "/images"}))
     with pytest.raises(DataError, match=r"not finished: 11 of 11 .*Go on with: nextblock prepare /images --out .*made"):
         open_source(made.folder)
     path.write_text(json.dumps(values | {"format": 99}))
@@ -345,3 +346,15 @@ def test_what_is_no_folder_of_finished_prepared_images(made: PreparedImages, tmp
         path.write_text(garbage)
         with pytest.raises(DataError, match=r"prepared\.json cannot be read"):
             open_source(made.folder)
+
+
+@pytest.mark.parametrize("change", [{"classes": ["a", "c"]}, {"more": 1}, {"sha256": None}])
+def test_what_prepared_json_says_is_what_was_written(made: PreparedImages, change: dict[str, Any]) -> None:
+    path = made.folder / ABOUT
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | change))
+    with pytest.raises(DataError, match=r"prepared\.json cannot be read.*not what was written"):
+        open_source(made.folder)
+    del values["sha256"]
+    path.write_text(json.dumps(values))  # as it was written before there was a hash
+    assert len(open_source(made.folder)) == COUNT

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nextblock.checkpoints.pretrained import load_pretrained, save_pretrained
+from nextblock.checkpoints.pretrained import load_pretrained, read_about, save_pretrained
 from nextblock.data.latents import open_latents
+from nextblock.data.loading import evaluation_batches
 from nextblock.data.prepared import open_prepared
 from nextblock.data.preprocess import Preprocessing
+from nextblock.data.sources import open_source
+from nextblock.data.stream import Batch
 from nextblock.errors import NextblockError
+from nextblock.evaluation.feature_cache import cached_features
 from nextblock.jobs.cache_latents import cache_latents
 from nextblock.jobs.prepare import prepare
 from nextblock.training.checkpoint import newest_checkpoint, save_checkpoint
+from nextblock.xtra.classifier import Classifier, HeadConfig, LayerMean
 from nextblock.xtra.config import XTRAConfig
 from nextblock.xtra.model import XTRA
 from tiny_run import tiny, write_images
 from victims import digest_of, write_vae
 
 FLIP, CUT = "flip", "cut"
+SAME = "not noticed: the same content"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """files: that are damaged, one at a time. use: reads all that anybody would, into a digest; raises when damage is
-    noticed. careful: reads what `use` may leave alone; None where there is nothing such."""
+    """files: that are damaged, one at a time. use: reads all that anybody would, into a digest, and of JSON all that it
+    says; raises when damage is noticed. careful: reads what `use` may leave alone; None where there is nothing such."""
 
     files: list[Path]
     use: Callable[[], str]
@@ -61,10 +67,12 @@ def damaged_at_random(subject: Subject, count: int, draw: random.Random) -> Dama
         file.write_bytes(damaged)
         try:
             came = _judged(subject, whole)
+            if file.suffix == ".json" and came == SAME:
+                came = "harmless: it says the same"  # white space
         finally:
             file.write_bytes(content)
         found.tries[f"{how}: {came.partition(':')[0]}"] += 1
-        if came not in ("noticed", "told by verify"):
+        if came.partition(":")[0] not in ("noticed", "told by verify", "harmless"):
             found.failures.append(f"{how} at {place} of {len(content)} bytes of {file.name}: {came}")
     assert subject.use() == whole
     return found
@@ -84,7 +92,7 @@ def _judged(subject: Subject, whole: str) -> str:
             subject.careful()
         except NextblockError:
             return "told by verify"
-    return "not noticed: the same content"
+    return SAME
 
 
 def checkpoints(folder: Path) -> Subject:
@@ -111,7 +119,7 @@ def checkpoints(folder: Path) -> Subject:
 
 
 def latents(folder: Path) -> Subject:
-    """Shards of a latent cache: moments, labels, names."""
+    """Shards of a latent cache (moments, labels, names), and latents.json."""
     images = write_images(folder / "images", per_class=4)
     write_vae(folder / "vae")
     cache = cache_latents(
@@ -123,13 +131,13 @@ def latents(folder: Path) -> Subject:
         every = np.arange(len(found))
         moments = [found.moments(every, [flip] * len(found)) for flip in (False, True)]
         names = [found.name(int(index)) for index in every]
-        return digest_of([torch.from_numpy(np.stack(moments)), found.labels.tolist(), names, found.classes])
+        return digest_of([torch.from_numpy(np.stack(moments)), found.labels.tolist(), names, repr(found.about)])
 
-    return Subject(sorted(cache.glob("shard-*")), use, lambda: open_latents(cache).verify())
+    return Subject([*sorted(cache.glob("shard-*")), cache / "latents.json"], use, lambda: open_latents(cache).verify())
 
 
 def prepared(folder: Path) -> Subject:
-    """Shards and index of prepared images: contents, labels, names."""
+    """Shards and index of prepared images (contents, labels, names), and prepared.json."""
     made = prepare(
         data=write_images(folder / "images", per_class=4), out=folder / "made", format="png", workers=0, quiet=True
     )  # fmt: skip
@@ -138,22 +146,53 @@ def prepared(folder: Path) -> Subject:
         found = open_prepared(made)
         contents = [found[index].content for index in range(len(found))]
         names = [found.name(index) for index in range(len(found))]
-        return digest_of([contents, names, found.labels().tolist(), found.classes])
+        return digest_of([contents, names, found.labels().tolist(), repr(found.about)])
 
-    return Subject([*sorted(made.glob("shard-*")), made / "index.bin"], use, lambda: open_prepared(made).verify())
+    files = [*sorted(made.glob("shard-*")), made / "index.bin", made / "prepared.json"]
+    return Subject(files, use, lambda: open_prepared(made).verify())
 
 
 def exported(folder: Path) -> Subject:
-    """Exported weights."""
+    """Exported weights, and what is said of them and of their images."""
     torch.manual_seed(0)
     weights = folder / "exported"
-    save_pretrained(weights, XTRA(XTRAConfig(**tiny()["model"])), Preprocessing((16, 16)).to_dict(), None)
+    model = Classifier(XTRAConfig(**tiny()["model"]), HeadConfig("linear", LayerMean(1, 2)), ("cat", "dog"))
+    save_pretrained(weights, model, Preprocessing((16, 16)).to_dict(), None, {"origin": "a lake"})
 
     def use() -> str:
         model, preprocessing = load_pretrained(weights)
-        return digest_of([model.state_dict(), preprocessing])
+        return digest_of([model.state_dict(), repr(Preprocessing.from_dict(preprocessing)), read_about(weights)])
 
-    return Subject([weights / "model.safetensors"], use)
+    return Subject([weights / name for name in ("model.safetensors", "config.json", "preprocessor_config.json")], use)
+
+
+def features(folder: Path) -> Subject:
+    """Kept features of a probe: damaged ones are computed anew, to the same."""
+    torch.manual_seed(0)
+    encoder = XTRA(XTRAConfig(**tiny()["model"])).encoder.eval()
+    (write_images(folder / "images", per_class=4) / "top" / "broken.png").write_bytes(b"no image")
+    source, preprocessing = open_source(folder / "images"), Preprocessing((16, 16), resize_px=16)
+    wanted = {LayerMean(1, 2): True, LayerMean(2, 2): False}
+    first: list[str] = []
+
+    def use() -> str:
+        anew: list[bool] = []
+
+        def batches() -> Iterator[Batch]:
+            anew.append(True)
+            return evaluation_batches(source, preprocessing, batch_size=4)
+
+        found = cached_features(encoder, source, preprocessing, wanted, batches, folder=folder / "cache")
+        values = [torch.from_numpy(np.array(found.values[layers])) for layers in wanted]
+        used = digest_of([values, found.labels.tolist(), found.indices.tolist(), found.bad])
+        assert used in (first or [used])
+        first.append(used)
+        if anew and len(first) > 1:
+            raise NextblockError("features were computed anew")
+        return used
+
+    use()
+    return Subject(sorted((folder / "cache" / "features").glob("*/*")), use)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
@@ -161,4 +200,5 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "latent shards": latents,
     "prepared shards": prepared,
     "exported weights": exported,
+    "kept features": features,
 }

@@ -12,12 +12,14 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,10 +51,11 @@ WAYS = {
 
 @dataclass
 class Tally:
-    """Of one kind: what was tried, by way, and what failed, in words."""
+    """Of one kind: what was tried, by way, and what failed, in words; the rest as in `Outcome`."""
 
     tries: Counter[str] = field(default_factory=Counter)
     finished: int = 0
+    told: int = 0
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -65,21 +68,24 @@ def upper_bound(failures: int, tries: int) -> float:
     return 1.0 if failures >= tries else float(beta.ppf(0.95, failures + 1, tries - failures))
 
 
-def chains(kills: int) -> list[tuple[str, int]]:
+def chains(kills: int, shares: Mapping[str, float] = SHARE) -> list[tuple[str, int]]:
     """(kind, kills): chains of `CHAIN` and rests, longest kinds first, of so many kills together."""
     found = []
     left = kills
-    for number, (name, share) in enumerate(SHARE.items()):
-        mine = left if number == len(SHARE) - 1 else min(left, round(kills * share))
+    for number, (name, share) in enumerate(shares.items()):
+        mine = left if number == len(shares) - 1 else min(left, round(kills * share))
         left -= mine
         found += [(name, min(CHAIN, mine - start)) for start in range(0, mine, CHAIN)]
     return found
 
 
-def kill(kills: int, processes: int, seed: int, scratch: Path) -> dict[str, Tally]:
+def kill(kills: int, processes: int, seed: int, scratch: Path, workers_only: bool = False) -> dict[str, Tally]:
     """All chains, so many at once."""
     work = victims(make_material(scratch / "material", noise=150), length=3)
-    tallies = {name: Tally() for name in SHARE}
+    ways = {name: [way for way in ways if way == "worker" or not workers_only] for name, ways in WAYS.items()}
+    share = {name: part for name, part in SHARE.items() if ways[name]}
+    share = {name: part / sum(share.values()) for name, part in share.items()}
+    tallies = {name: Tally() for name in share}
     servers: Queue[ForkServer] = Queue()
     lock = threading.Lock()
 
@@ -89,7 +95,7 @@ def kill(kills: int, processes: int, seed: int, scratch: Path) -> dict[str, Tall
             killer = Killer(
                 server, work[name], scratch / f"{number}-{name.replace(' ', '-')}", random.Random(seed + number)
             )
-            outcome = killer.chain(count, WAYS[name], latest=0.25)
+            outcome = killer.chain(count, ways[name], latest=0.25)
             problem = outcome.failures
         except Exception as error:
             outcome, problem = None, [f"{type(error).__name__}: {error}"]
@@ -100,6 +106,7 @@ def kill(kills: int, processes: int, seed: int, scratch: Path) -> dict[str, Tall
             if outcome:
                 tally.tries += outcome.kills
                 tally.finished += outcome.finished
+                tally.told += outcome.told
             tally.failures += problem
             print(f"{name}: {count} kills in a chain: {'as they must be' if not problem else problem[0]}", flush=True)
 
@@ -107,7 +114,7 @@ def kill(kills: int, processes: int, seed: int, scratch: Path) -> dict[str, Tall
     for server in started:
         servers.put(server)
     with ThreadPoolExecutor(processes) as pool:
-        for future in [pool.submit(one, number, *chain) for number, chain in enumerate(chains(kills))]:
+        for future in [pool.submit(one, number, *chain) for number, chain in enumerate(chains(kills, share))]:
             future.result()
     for server in started:
         server.__exit__(None, None, None)
@@ -120,7 +127,7 @@ def damage(count: int, seed: int, scratch: Path) -> dict[str, Tally]:
     for number, (name, make) in enumerate(SUBJECTS.items()):
         mine = count // len(SUBJECTS) + (number < count % len(SUBJECTS))
         found = damaged_at_random(make(scratch / name.replace(" ", "-")), mine, random.Random(seed + number))
-        tallies[f"damage: {name}"] = Tally(found.tries, 0, found.failures)
+        tallies[f"damage: {name}"] = Tally(found.tries, failures=found.failures)
         print(f"{name}: {mine} damaged, {len(found.failures)} not noticed", flush=True)
     return tallies
 
@@ -133,7 +140,8 @@ def table(tallies: dict[str, Tally]) -> str:
         lines.append(f"{name:<28}{tally.count:>7}{len(tally.failures):>8}{_percent(tally):>16}  {how}")
     for kind, is_of in (("all kills", False), ("all damage", True)):
         some = [tally for name, tally in tallies.items() if name.startswith("damage") == is_of]
-        whole = Tally(sum((tally.tries for tally in some), Counter()), 0, [f for tally in some for f in tally.failures])
+        tries: Counter[str] = sum((tally.tries for tally in some), Counter())
+        whole = Tally(tries, failures=[failure for tally in some for failure in tally.failures])
         lines.append(f"{kind:<28}{whole.count:>7}{len(whole.failures):>8}{_percent(whole):>16}")
     return "\n".join(lines)
 
@@ -143,7 +151,7 @@ def _percent(tally: Tally) -> str:
 
 
 def report(tallies: dict[str, Tally], seconds: float, seed: int) -> dict[str, Any]:
-    """What is written down."""
+    """What is written down; of this machine no paths."""
     from nextblock.training.run_folder import environment
 
     about = environment(seed, "cpu")
@@ -160,7 +168,8 @@ def report(tallies: dict[str, Tally], seconds: float, seed: int) -> dict[str, An
                 "tries": tally.count,
                 "how": dict(sorted(tally.tries.items())),
                 "compared_at_the_end": tally.finished,
-                "failures": tally.failures,
+                "deaths_of_workers_told": tally.told,
+                "failures": [re.sub(r"(?<![\w.])/[\w./~-]+/", "", failure) for failure in tally.failures],
                 "failure_rate_at_most_95": upper_bound(len(tally.failures), tally.count) if tally.count else None,
             }
             for name, tally in tallies.items()
@@ -181,6 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damage", type=int, default=1000, help="flips and cuts")
+    parser.add_argument("--workers-only", action="store_true", help="kill worker processes and nothing else")
     parser.add_argument("--processes", type=int, default=2, help="jobs at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path)
@@ -189,7 +199,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tallies = damage(asked.damage, asked.seed, Path(folder) / "damage") if asked.damage else {}
         if asked.kills:
-            tallies = kill(asked.kills, asked.processes, asked.seed, Path(folder) / "kills") | tallies
+            place = Path(folder) / "kills"
+            tallies = kill(asked.kills, asked.processes, asked.seed, place, asked.workers_only) | tallies
     print(table(tallies))
     failures = [f"{name}: {each}" for name, tally in tallies.items() for each in tally.failures]
     print("\n".join(failures))

@@ -19,7 +19,7 @@ from victims import Digest, Victim
 
 PATIENCE_S = 240.0
 _POLL_S = 0.005
-TOLD = re.compile(r"^nextblock: \w.+", flags=re.M)  # a job that ends as a worker is gone says so
+TOLD = re.compile(r"^nextblock: a data worker died", flags=re.M)  # a job that ends as a worker is gone says so
 
 
 @dataclass
@@ -33,10 +33,11 @@ class Reference:
 
 @dataclass
 class Outcome:
-    """kills: by when. finished: how often a job went on to its end, each compared. failures: what was not as it must
-    be, in words."""
+    """kills: by when. told: how often a job ended with the message that a worker died; else it needed it no more.
+    finished: how often a job went on to its end, each compared. failures: what was not as it must be, in words."""
 
     kills: Counter[str] = field(default_factory=Counter)
+    told: int = 0
     finished: int = 0
     failures: list[str] = field(default_factory=list)
 
@@ -126,7 +127,8 @@ class Killer:
         return self.victim.begin(self.out)
 
     def _judge(self, way: str, code: int) -> None:
-        told_so = way == "worker" and code == 1 and TOLD.search(self._told())
+        told_so = way == "worker" and code == 1 and TOLD.search(self._told()) is not None
+        self.outcome.told += told_so
         if code not in (0, -signal.SIGKILL) and not told_so:
             self.outcome.failures.append(f"{way}: exit code {code}\n{self._told()}")
         elif "Traceback" in self._told():
@@ -184,7 +186,16 @@ def _processes() -> list[tuple[int, str, int, int]]:
 
 
 def children_of(pid: int) -> list[int]:
-    return [number for number, state, parent, _ in _processes() if parent == pid and state != "Z"]
+    """That run the same program: not those, such as git, that it only asks something."""
+    children = [number for number, state, parent, _ in _processes() if parent == pid and state != "Z"]
+    return [number for number in children if _program(number) == _program(pid)]
+
+
+def _program(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return None  # it has just ended
 
 
 def living_of_group(group: int) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from nextblock.data import workers as worker_processes
 from nextblock.data.augment import CropConfig
@@ -145,7 +146,70 @@ def test_a_death_is_told_where_batches_are_waited_for() -> None:
     os.kill(pid, signal.SIGKILL)
     for _ in range(20):  # with torch's own handler this raises RuntimeError
         time.sleep(0.02)
-    assert "a data worker died (killed by SIGKILL)" in told(batches, within_s=5)
+    message = told(batches, within_s=5)
+    assert message.startswith("a data worker died")
+    assert "(killed by SIGKILL)" in message
+
+
+def test_a_worker_that_dies_while_the_others_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's handler would raise in the middle of it."""
+
+    def at_once(start: object, worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def later(iterator: _MultiProcessingDataLoaderIter, *arguments: object, **options: object) -> None:
+        time.sleep(0.3)
+        reset(iterator, *arguments, **options)
+
+    reset = _MultiProcessingDataLoaderIter._reset
+    monkeypatch.setattr(worker_processes.StartWorker, "__call__", at_once)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_reset", later)
+    assert "a data worker died (killed by SIGKILL)" in told(batches_of(PIXELS, workers=2, timeout_s=20), within_s=8)
+
+
+def test_a_worker_that_dies_while_it_hands_a_batch_over() -> None:
+    """Of which a part has come, that nobody will ever complete."""
+
+    class Large:
+        def load(self, positions: object) -> bytes:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return bytes(10**8)
+
+    batches = training_batches(Large(), [[0], [1]], workers=1, timeout_s=2)
+    time.sleep(1)  # more than the pipe takes waits in the worker
+    assert "a data worker died (killed by SIGKILL)" in told(batches, within_s=6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), EOFError(), RuntimeError("received 0 items of ancdata")])
+def test_what_breaks_a_moment_before_the_death_is_told_as_the_death(error: Exception) -> None:
+    class Process:
+        looks = 0
+
+        @property
+        def exitcode(self) -> int | None:
+            self.looks += 1
+            return -9 if self.looks > 3 else None
+
+    class Batches:
+        _workers = (Process(),)
+
+        def __next__(self) -> object:
+            raise error
+
+    beats = Heartbeats(multiprocessing.get_context("fork"), 1)
+    with pytest.raises(DataError, match="a data worker died"):
+        next(worker_processes.arrived(Batches(), beats, 1, 20))
+
+
+def test_a_bug_is_not_taken_for_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd:
+        def load(self, positions: object) -> int:
+            raise OSError("a bug")
+
+    start = time.monotonic()
+    with pytest.raises(OSError, match="a bug"):
+        next(training_batches(Odd(), [[0]], workers=1, timeout_s=20))
+    assert time.monotonic() - start < worker_processes.DEATH_S
 
 
 def test_the_handler_of_others_is_left_in_place() -> None:

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from nextblock.errors import DataError
-from nextblock.figures.speed import draw_speed
+from nextblock.figures.speed import _as_gain, draw_speed
 
 ROWS = [
     {"name": "step", "device": "cpu", "ratio": 1.3, "ratio_second": 1.1, "spread": {"ours/plain": [1.2, 1.4]}},
@@ -32,3 +32,16 @@ def test_one_bar_for_each_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no ratio to draw"):
         draw_speed(ROWS[2:], tmp_path / "speed.png")
+
+
+def test_where_less_is_better_the_bar_still_points_to_the_better_side() -> None:
+    less = {
+        "name": "memory",
+        "ratio": 0.5,
+        "ratio_second": 0.8,
+        "target": "≤ 0.7 × plain",
+        "spread": {"ours/plain": (0.4, 0.8)},
+    }
+    assert _as_gain(less) == {**less, "ratio": 2.0, "ratio_second": 1.25, "spread": {"ours/plain": (1.25, 2.5)}}
+    more = {"name": "speed", "ratio": 2.0, "target": "≥ 2 × plain"}
+    assert _as_gain(more) == more

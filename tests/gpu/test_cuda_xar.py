@@ -52,9 +52,12 @@ def test_samples_are_those_of_the_cpu(solver: str) -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiled_and_recorded_passes_sample_the_same(bf16: bool) -> None:
-    model, labels = official(), torch.tensor([1, 2, 3]).cuda()
+    model = official()
     fast = FastPasses(model, bf16=bf16)
-    for guidance, seed in ((2.0, 0), (2.0, 1), (1.0, 1)):  # recorded, replayed, and with rows of another number
+    # recorded, replayed, with rows of another number, with other labels, fewer, and more than there was room for
+    runs = [(2.0, 0, [1, 2, 3]), (2.0, 1, [1, 2, 3]), (1.0, 1, [1, 2, 3]), (2.0, 1, [5, 0, 0]), (2.0, 2, [4])]
+    for guidance, seed, asked in [*runs, (2.0, 2, [0, 1, 2, 3, 4]), (2.0, 0, [1, 2, 3])]:
+        labels = torch.tensor(asked).cuda()
         options = {"steps": 4, "solver": "heun", "guidance": guidance, "seed": seed}
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             plain = nb.sample_latents(model, labels, **options)

@@ -376,11 +376,13 @@ def test_a_full_disk(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    calls = iter(range(1000))
+    def at_the_second_shard(handle: int) -> None:
+        (full if os.readlink(f"/proc/self/fd/{handle}").endswith("shard-00001.bin.partial") else fsync)(handle)
+
     fsync = os.fsync
     with monkeypatch.context() as patch:
         if where == "shard":
-            patch.setattr(shards.os, "fsync", lambda handle: (full if next(calls) == 7 else fsync)(handle))
+            patch.setattr(shards.os, "fsync", at_the_second_shard)
         else:
             patch.setattr(index_files, "read_facts", lambda *given: full(0))
         with pytest.raises(DataError, match=r"cannot write to .*made: No space left.*go on with the same command"):

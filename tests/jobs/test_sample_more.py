@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from nextblock.data.preprocess import Preprocessing
-from nextblock.errors import RunError
+from nextblock.errors import ConfigError, RunError
 from nextblock.jobs import sample_folder, sample_images
 from nextblock.jobs.opening_generator import OpenedGenerator
 from nextblock.jobs.sample_folder import SampleFolder
@@ -192,3 +193,25 @@ def test_a_record_that_does_not_tell_of_compiling_is_one_of_plain_sampling(tmp_p
     (tmp_path / "made" / "sample.json").write_text(json.dumps(record))
     job(4).make(tmp_path / "made", npz=True, animated=1)
     assert len(images(tmp_path / "made")) == 4
+
+
+def test_what_cannot_be_compiled_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no C++ compiler found")
+
+    torch.compiler.reset()  # what other tests compiled, too often for this to be tried
+    monkeypatch.setattr(sample_images, "FastPasses", partial(FastPasses, backend=broken))
+    with pytest.raises(ConfigError, match=r"could not be compiled: .*no C\+\+ compiler found.*Leave out --compile"):
+        job(3, compile=True).make(tmp_path / "made", npz=False, animated=0)
+
+
+def test_killed_before_the_first_image_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    for name in ("write_text", "claim_folder"):  # before the record, and before anything
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(sample_folder, name, killed)
+            job(3).make(tmp_path / name, npz=False, animated=0)
+        job(3).make(tmp_path / name, npz=False, animated=0)
+        assert len(images(tmp_path / name)) == 3

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from nextblock.checkpoints import custom_code
 from nextblock.checkpoints.kinds import KINDS, Model, describe
+from nextblock.errors import shown
 
 _TASKS = {
     "xtra": "image-feature-extraction",
@@ -28,6 +31,15 @@ In transformers: `import nextblock.hf`, then `AutoModel.from_pretrained(FOLDER)`
 `AutoImageProcessor.from_pretrained(FOLDER)`; or `trust_remote_code=True` with nextblock installed. Never as a plain
 ViT: the attention is block-causal.
 """
+_MOST_SHOWN = 1000  # letters of a name
+# what Markdown takes for more than a letter within a line; an underscore inside a word is none such
+_MARKS = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def as_text(name: object) -> str:
+    """A name out of somebody's data (a file, a folder, a class) as Markdown that shows it, on one line: no HTML, link,
+    picture or cell of a table comes of it."""
+    return _MARKS.sub(r"\\\g<0>", html.escape(shown(name, _MOST_SHOWN), quote=False))
 
 
 def with_front_matter(card: str, model: Model) -> str:
@@ -49,7 +61,7 @@ def plain_card(model: Model, about: Mapping[str, Any]) -> str:
     paper = _PAPERS.get(kind, "XTRA, arXiv 2411.15648")
     count = sum(p.numel() for p in model.parameters())
     rows = "\n".join(f"| {name} | {value} |" for name, value in sizes.items())
-    origin = f"- from: {about['origin']}\n" if "origin" in about else ""
+    origin = f"- from: {as_text(about['origin'])}\n" if "origin" in about else ""
     others = TRANSFORMERS if kind in custom_code.STEMS else ""
     use = _USE.get(kind, "head = nextblock.checkpoints.pretrained.load_pretrained({where})[0]")
     return f"""# {KINDS[kind].capitalize()} ({paper})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nextblock.checkpoints import custom_code, hub
+from nextblock.checkpoints.hashes import HASH, HASHES, require_unchanged, sha256_of, with_hashes
 from nextblock.checkpoints.hub import FILES
 from nextblock.checkpoints.kinds import KINDS, Model, describe, least_numbers, make
 from nextblock.checkpoints.model_card import plain_card, with_front_matter
 from nextblock.checkpoints.name_table import mismatch
+from nextblock.durable import flush_tree, give_name, make_folder
 from nextblock.errors import CheckpointError, ConfigError, nearest
 from nextblock.portable import Portable
 from nextblock.version import __version__
@@ -32,8 +33,7 @@ _TRANSFORMERS = {"image_processor_type", "auto_map"}
 _OURS = {
     "format",
     "nextblock",
-    "sha256",
-    "config_sha256",
+    *HASHES,
     "model_type",
     "config",
     "head",
@@ -73,7 +73,7 @@ def save_pretrained(
     beside = whole.with_name(f".{whole.name}.partial")
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        make_folder(beside)
         _write(beside, model, preprocessing, card, dict(about or {}))
         _put(beside, whole, replace)
     except (OSError, SafetensorError) as error:
@@ -94,20 +94,22 @@ def _write(
     elif "origin" in about:
         about["origin_sha256"] = digest
     described = describe(model)
-    told = {
-        "format": FORMAT, "nextblock": __version__, "sha256": digest, "config_sha256": _sha256_of_sizes(described),
-    }  # fmt: skip
+    told = {"format": FORMAT, "nextblock": __version__, "sha256": digest}
     for_others = custom_code.for_transformers(described["model_type"])
     if for_others:
         (folder / custom_code.FILE).write_text(custom_code.code())
-    (folder / "config.json").write_text(json.dumps(about | described | told | for_others, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(dict(preprocessing), indent=2) + "\n")
+    said = with_hashes(about | described | told | for_others)
+    (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(preprocessing_text(preprocessing))
     card = plain_card(model, about) if card is None else card
     (folder / "README.md").write_text(with_front_matter(card, model))
     shutil.copymode(folder / "README.md", folder / "model.safetensors")  # safetensors lets nobody but the owner read
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    flush_tree(folder)
+
+
+def preprocessing_text(values: Mapping[str, Any]) -> str:
+    """The content of preprocessor_config.json: the values, and a hash by which a change is noticed."""
+    return json.dumps({**values, HASH: sha256_of(values)}, indent=2) + "\n"
 
 
 def _put(beside: Path, folder: Path, replace: bool) -> None:
@@ -117,7 +119,7 @@ def _put(beside: Path, folder: Path, replace: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     try:
-        beside.rename(folder)  # over nothing, or over an empty folder
+        give_name(beside, folder)  # over nothing, or over an empty folder
     except OSError as error:
         if folder.exists():
             raise CheckpointError(f"{folder} exists already and is not overwritten. Choose another folder.") from error
@@ -143,11 +145,7 @@ def load_pretrained(folder: Path) -> tuple[Model, dict[str, Any]]:
         _require_possible(about, tensors, folder)
         model = make(about, folder)
         load_weights(model, tensors, str(folder))
-        if about.get("config_sha256", wanted := _sha256_of_sizes(about)) != wanted:
-            raise CheckpointError(
-                f"{folder}/config.json was changed since it was written. Its sizes fit the weights, but what the "
-                f"weights do not show (heads, cells, ...) may be wrong. Copy or download the folder again."
-            )
+        require_unchanged(about, folder)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a weights folder: {Path(error.filename).name} is missing.") from error
     except CheckpointError:
@@ -203,11 +201,17 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads((folder / "preprocessor_config.json").read_text())
-        return {name: value for name, value in values.items() if name not in _TRANSFORMERS}
+        found = {name: value for name, value in values.items() if name not in {*_TRANSFORMERS, HASH}}
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a weights folder: preprocessor_config.json is missing.") from error
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise CheckpointError(f"{folder} has no readable preprocessor_config.json: {error}") from error
+    if values.get(HASH, wanted := sha256_of(found)) != wanted:
+        raise CheckpointError(
+            f"{folder}/preprocessor_config.json was changed since it was written. Copy or download the folder again; "
+            f"if the change is meant, remove {HASH} there."
+        )
+    return found
 
 
 def find_folder(where: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -295,12 +299,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     if missing or extra or shapes:
         raise mismatch(f"The weights of {where} belong to another configuration.", missing, extra, shapes)
     model.load_state_dict(dict(tensors))
-
-
-def _sha256_of_sizes(about: Mapping[str, Any]) -> str:
-    """Of what config.json says of the model itself, however it is written down."""
-    sizes = {name: about[name] for name in ("model_type", "config", "head") if name in about}
-    return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

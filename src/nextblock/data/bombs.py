@@ -26,7 +26,7 @@ def refuse_slow(image: Image.Image, content: bytes, name: str) -> None:
     """Raise SampleError when `content`, whose header `image` shows, is one of the files above."""
     if image.format in ("JPEG", "MPO"):
         # What lies behind the image (a film, more images) holds scans of its own: counted apart, but only then.
-        if content.count(_SCAN) > MOST_SCANS and scans(content) > MOST_SCANS:
+        if has_many_scans(content) and scans(content) > MOST_SCANS:
             raise SampleError(name, f"a JPEG of more than {MOST_SCANS} scans")
         return
     tiles = getattr(image, "tile", None)  # what Pillow's own decoders will do
@@ -36,6 +36,11 @@ def refuse_slow(image: Image.Image, content: bytes, name: str) -> None:
         raise SampleError(name, f"a run-length BMP of {size}, more than the limit of {MOST_RUN_LENGTH_PIXELS}")
     if codec == "ppm_plain" and content.count(b"#") > MOST_COMMENTS:
         raise SampleError(name, f"a PPM in text with more than {MOST_COMMENTS} comments")
+
+
+def has_many_scans(content: bytes) -> bool:
+    """Whether a JPEG file may have more scans than are allowed; what lies behind its image is counted as well."""
+    return content.count(_SCAN) > MOST_SCANS
 
 
 def scans(content: bytes) -> int:

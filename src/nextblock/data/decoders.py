@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nextblock.data.augment import Box, random_resized_crop, resize_by_torch
+from nextblock.data.bombs import has_many_scans
 from nextblock.data.decode import (
     MAX_PIXELS,
     Content,
@@ -42,7 +43,7 @@ from nextblock.data.decode import (
     sample_errors,
     to_channels,
 )
-from nextblock.data.jpeg_header import SOI, plain_header, shortened
+from nextblock.data.jpeg_header import SOI, is_one_scan, plain_header, shortened
 from nextblock.data.jpeg_units import UnitJpeg, cut_units
 from nextblock.errors import ConfigError, nearest
 
@@ -101,7 +102,8 @@ def decode_crop(
     Returns uint8 [*size_px, channels]. Raises SampleError for anything that is wrong with this one image.
     """
     if decoder != PILLOW and isinstance(content, bytes) and content.startswith(SOI):
-        part = _plain_part(content, box_of, size_px, decoder) if channels in (1, 3) else None
+        with sample_errors(name):
+            part = _plain_part(content, box_of, size_px, decoder) if channels in (1, 3) else None
         if part is None:
             part = _checked_part(content, name, box_of, size_px, decoder, channels, exif_orientation)
         if part is not None:
@@ -151,6 +153,8 @@ def _plain_part(
         return None  # Pillow reads the header anyway
     header = plain_header(content)
     if header is None or header.height * header.width > MAX_PIXELS:
+        return None
+    if not is_one_scan(content, header) and has_many_scans(content):
         return None
     box = box_of(header.height, header.width)
     scale = dct_scale(box, size_px)

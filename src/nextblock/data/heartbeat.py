@@ -6,14 +6,13 @@ sign. It costs a microsecond, and does nothing outside of workers.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 _NAME_BYTES = 240
 
 
 class Heartbeats:
-    """A counter, a process id and the name of the current sample for each worker, in memory shared with this process.
+    """A counter and the name of the current sample for each worker, in memory shared with this process.
 
     Each worker writes to its own place alone. Counters only grow, so that this process needs no clock of another:
     while it waits it sees whether they do.
@@ -21,13 +20,11 @@ class Heartbeats:
 
     def __init__(self, context: Any, workers: int) -> None:
         self._counts = context.RawArray("q", workers)
-        self._pids = context.RawArray("q", workers)
         self._names = context.RawArray("c", workers * _NAME_BYTES)
 
     def of_this_process(self, worker: int) -> None:
         """From now on `reading` in this process is the sign of `worker`."""
         global _mine
-        self._pids[worker] = os.getpid()
         _mine = (self, worker)
         reading("")
 
@@ -46,10 +43,6 @@ class Heartbeats:
         start = worker * _NAME_BYTES
         content: bytes = self._names[start : start + _NAME_BYTES]
         return content.partition(b"\0")[0].decode(errors="ignore")
-
-    def pids(self) -> list[int]:
-        """Of the workers that have started."""
-        return [pid for pid in self._pids if pid]
 
 
 _mine: tuple[Heartbeats, int] | None = None

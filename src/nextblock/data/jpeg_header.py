@@ -5,10 +5,12 @@ Source: ITU-T T.81 (1992), annex B.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
-LEAST_SAVED = 0.95  # of the height; a copy of the file is not worth less
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # among coded pixels, 0xFF stands before 0 or a restart's number
+LEAST_SAVED = 0.92  # of the height; looking through the file and copying it are not worth less
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SCAN = 0xDA
@@ -44,20 +46,27 @@ def plain_header(content: bytes) -> JpegHeader | None:
         return None
 
 
+def is_one_scan(content: bytes, header: JpegHeader) -> bool:
+    """Whether all components are coded together, from top to bottom; libjpeg then refuses a second scan."""
+    scan = header.scan - 8 - 2 * header.components
+    together = content[scan : scan + 2] == bytes([0xFF, _SCAN]) and content[scan + 4] == header.components
+    return together and content[header.frame - 4] == _FRAMES[0]
+
+
 def shortened(content: bytes, header: JpegHeader, bottom: int) -> bytearray | None:
     """A copy that says it ends soon below row `bottom`, so that a decoder stops there; the rows above are the same.
 
-    None where little is saved, where the file does not end as it should (it may be cut off, which whoever decodes must
-    notice), and where its pixels are not coded from top to bottom in one scan. What follows the last row is left in
-    place: a decoder has a warning for it, and must be told to go on.
+    None where little is saved, where anything but the end of the file follows the coded pixels (a file may be cut off
+    or hold what a decoder refuses, which must be noticed whatever is wanted of it), and where pixels are not coded from
+    top to bottom in one scan. What is coded below the last row is left in place: a decoder has a warning for it, and
+    must be told to go on.
     """
     unit = header.unit[0]
     height = (-(-bottom // unit) + 1) * unit  # a unit more: colours are interpolated across the edge of units
-    scan = header.scan - 8 - 2 * header.components
-    one_scan = content[scan : scan + 2] == bytes([0xFF, _SCAN]) and content[scan + 4] == header.components
-    if content[header.frame - 4] != _FRAMES[0] or not one_scan or not content.endswith(EOI):
+    if height > LEAST_SAVED * header.height or not is_one_scan(content, header):
         return None
-    if height > LEAST_SAVED * header.height:
+    marker = _MARKER.search(content, header.scan)
+    if marker is None or content[marker.start() :] != EOI:
         return None
     made = bytearray(content)
     made[header.frame : header.frame + 2] = height.to_bytes(2, "big")

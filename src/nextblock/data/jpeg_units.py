@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nextblock.data.jpeg_header import SOI, JpegHeader, plain_header
+from nextblock.data.jpeg_header import SOI, JpegHeader, is_one_scan, plain_header
 
 _JFIF = SOI + b"\xff\xe0\x00\x10JFIF\0"
 _AT = 20  # behind the JFIF segment, which is to be the first
@@ -51,7 +51,7 @@ def has_units(content: bytes) -> bool:
 def are_as_listed(content: bytes) -> bool:
     """Whether the units of `content`, which has a list of them, are where it says."""
     header = plain_header(content)
-    if header is None or len(_listed(content)) != np.prod(_grid(header)):
+    if header is None or not is_one_scan(content, header) or len(_listed(content)) != np.prod(_grid(header)):
         return False
     return bool(np.array_equal(_listed(content), _found(content, header)))
 
@@ -68,6 +68,8 @@ def cut_units(
     down, across = _grid(header)
     top, bottom = _range(rows, scale, header.unit[0], down)
     left, right = _range(columns, scale, header.unit[1], across)
+    if right - left == 1:  # in an image that is not three colours wide libjpeg interpolates none; two units are
+        left, right = (left, right + 1) if right < across else (max(0, left - 1), right)
     if (bottom - top, right - left) == (down, across):
         return content, header, 0, 0
     lengths = _listed(content).reshape(down, across)

@@ -26,7 +26,7 @@ from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources.protocol import Sample
 from nextblock.data.sources.streamed import Row, StreamedImages
 from nextblock.data.stream import Batch, TrainingStream
-from nextblock.errors import DataError, NextblockError, RunError
+from nextblock.errors import DataError, RunError
 from nextblock.randomness import key, permutation
 
 CHUNK = 1024  # rows that are permuted together, and held in memory by each process
@@ -48,7 +48,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a stream; those of a run that goes on must be the same."""
+    """Of a stream; those of a run that goes on must be the same, but for the title: files may have moved.
+
+    passes: batches of a step of this rank, which go round its workers.
+    """
 
     title: str
     shards: int
@@ -56,6 +59,7 @@ class Settings:
     chunk: int
     world: int
     workers: int
+    passes: int = 1
 
 
 @dataclass
@@ -71,7 +75,8 @@ class _Handed:
 
 
 class StreamingBatches:
-    """One batch for each element of `plan`, a list of global positions; for ever, as far as the set goes.
+    """One batch for each element of `plan`, a list of global positions; for ever, as far as the set goes. Nothing is
+    read, and no process started, before the first one is asked for.
 
     Args:
         images: what is streamed.
@@ -79,19 +84,20 @@ class StreamingBatches:
         seed, crop, preprocessing, decoder: as of `stream.TrainingStream`; what is drawn for a position is the same.
         workers: loading processes of each rank.
         rank, world: this process and the number of processes.
+        passes: see `Settings`.
         state: `state_dict` of all ranks, by rank, of the run that goes on; None: a new one.
 
-    Raises RunError when the state is of another number of ranks or workers, or of another set. Reading raises DataError
-    when the storage fails.
+    Raises RunError when the state is of another number of ranks or workers, of other passes that they take turns with,
+    or of another set. Reading raises DataError when the storage fails.
     """
 
     def __init__(
         self, images: StreamedImages, plan: Iterable[Sequence[int]], *, seed: int, crop: CropConfig,
         preprocessing: Preprocessing, workers: int, rank: int = 0, world: int = 1, chunk: int = CHUNK,
         decoder: str = PILLOW, state: Mapping[int, Mapping[str, Any]] | None = None, pin_memory: bool = False,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float = TIMEOUT_S, passes: int = 1,
     ) -> None:  # fmt: skip
-        self._settings = Settings(images.title, images.shards, seed, chunk, world, workers)
+        self._settings = Settings(images.title, images.shards, seed, chunk, world, workers, passes)
         each = max(1, workers)
         self._batches, self._places = 0, {rank * each + number: Place() for number in range(each)}
         if state is not None:
@@ -101,7 +107,7 @@ class StreamingBatches:
         taken = _Taken()
         stream = TrainingStream(taken, seed, crop, preprocessing, decoder=decoder)
         parts = _Parts(images, self._settings, stream, taken, dict(self._places), self._batches)
-        self._handed = training_batches(parts, plan, workers=workers, pin_memory=pin_memory, timeout_s=timeout_s)
+        self._handed = _when_asked(parts, plan, workers=workers, pin_memory=pin_memory, timeout_s=timeout_s)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -118,20 +124,28 @@ class StreamingBatches:
         return {"settings": dataclasses.asdict(self._settings), "batches": self._batches, "places": places}
 
 
+def _when_asked(parts: _Parts, plan: Iterable[Sequence[int]], **loading: Any) -> Iterator[_Handed]:
+    yield from training_batches(parts, plan, **loading)
+
+
 def _checked(state: Mapping[int, Mapping[str, Any]], now: Settings, rank: int) -> Mapping[str, Any]:
     """The rank's own part of the state."""
-    before = Settings(**next(iter(state.values()))["settings"])
+    before = Settings(**state.get(rank, next(iter(state.values())))["settings"])
     if (before.world, before.workers) != (now.world, now.workers):
         raise RunError(
             f"{before.title} was streamed to {before.world} processes with {before.workers} workers each, now there "
             f"are {now.world} with {now.workers}. A streamed set goes on exactly with the same numbers only: set "
             f"data.workers to {before.workers} and start {before.world} processes."
         )
-    for name, was in dataclasses.asdict(before).items():
-        if was != getattr(now, name):
-            raise RunError(
-                f"the streamed set is not the one of this run: its {name} was {was}, now {getattr(now, name)}."
-            )
+    if now.workers > 1 and before.passes != now.passes:
+        raise RunError(
+            f"{before.title} was streamed to {before.passes} forward passes a step, which the workers took in turns, "
+            f"now there are {now.passes}. Set training.per_device_batch to what it was."
+        )
+    for name in ("shards", "seed", "chunk"):
+        was, this = getattr(before, name), getattr(now, name)
+        if was != this:
+            raise RunError(f"the streamed set is not the one of this run: its {name} was {was}, now {this}.")
     if rank not in state:
         raise RunError(f"the state of the streamed set lacks process {rank} of {now.world}.")
     return state[rank]
@@ -206,21 +220,12 @@ class _Reader:
 
     def _read(self) -> bool:
         """Read and permute the next chunk; False at the end of the epoch."""
-        place = self.place
-        try:
-            batch = next(self._chunks, None)
-        except NextblockError:
-            raise
-        except Exception as error:  # of the network, of Arrow, of whatever made the set
-            told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise DataError(f"reading {self.images.title} failed: {told}. Check the network, then resume.") from error
-        if batch is None:
-            return False
-        where = f"epoch{place.epoch}/part{self.part}of{self.parts}/chunk{place.chunk}"
-        rows = self.images.rows(batch, where)
-        order = permutation(self.settings.seed, f"streamed/{where}", len(rows))
-        self.rows = [rows[number] for number in order.tolist()]
-        return True
+        where = f"epoch{self.place.epoch}/part{self.part}of{self.parts}/chunk{self.place.chunk}"
+        rows = self.images.next_rows(self._chunks, where)
+        if rows:
+            order = permutation(self.settings.seed, f"streamed/{where}", len(rows))
+            self.rows = [rows[number] for number in order.tolist()]
+        return bool(rows)
 
 
 class _Taken:

@@ -1,8 +1,8 @@
 """Features of a frozen encoder on disk: computed once, then any number of heads is trained on them.
 
 Each set lies in a folder of its own, named by a hash of everything that its numbers depend on (weights, images,
-preprocessing, layers, pooling, precision), so that a stale one is never taken. Vectors are stored as float32, tokens as
-float16.
+preprocessing, layers, pooling, precision), so that a stale one is never taken. It holds hashes of its files, and a
+damaged one is computed anew. Vectors are stored as float32, tokens as float16.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nextblock.checkpoints.pretrained import file_sha256
 from nextblock.data.preprocess import Preprocessing, normalize
 from nextblock.data.sources import Source, content_digest
 from nextblock.data.sources.views import known_labels
 from nextblock.data.stream import BadSample, Batch, locate
+from nextblock.durable import flush_tree, give_name, make_folder
 from nextblock.errors import DataError
 from nextblock.evaluation.inference import device_of, inference
 from nextblock.xtra.classifier import LayerMean, layer_means
 from nextblock.xtra.model import Encoder
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hashes
+_HASHED = ("values.npy", "indices.npy", "bad.csv")
 
 
 def weights_digest(encoder: Encoder) -> str:
@@ -110,7 +114,7 @@ def cached_features(
         folder: of the cache.
         limit_gb: refuse to write more than this.
 
-    Raises DataError when the features are too large for the limit, not finite, or there is no image.
+    Raises DataError when the features are too large for the limit or for the disk, or not finite, or there is no image.
     """
     place = device_of(encoder).type
     common = {"format": FORMAT, "weights": weights_digest(encoder), "data": content_digest(source), "on": place}
@@ -120,7 +124,7 @@ def cached_features(
         for layers, tokens in wanted.items()
     }
     folders = {layers: folder / "features" / digest[:24] for layers, digest in keys.items()}
-    missing = {layers: wanted[layers] for layers, path in folders.items() if not (path / "about.json").is_file()}
+    missing = {layers: wanted[layers] for layers, path in folders.items() if not _is_whole(path)}
     if missing:
         _check_size(encoder, len(source), missing, preprocessing, limit_gb, folder)
         _compute(encoder, source, preprocessing, missing, batches(), folders)
@@ -180,7 +184,8 @@ def _compute(
                 value = (x.half() if tokens else x).cpu().numpy()
                 _require_finite(value)
                 if layers not in files:
-                    files[layers] = _open_file(beside[layers], (len(source), *value.shape[1:]), value.dtype)
+                    with _writing(beside[layers]):
+                        files[layers] = _open_file(beside[layers], (len(source), *value.shape[1:]), value.dtype)
                 files[layers][count : count + len(value)] = value
             count += len(batch)
             indices.append(batch.indices.numpy())
@@ -188,12 +193,23 @@ def _compute(
             first = f"; the first: {bad[0].name}: {bad[0].reason}" if bad else ""
             raise DataError(f"None of the {len(source)} images could be read{first}.")
         for layers, file in files.items():
-            file.flush()
-            _describe(beside[layers], count, np.concatenate(indices), bad)
-            _put(beside[layers], folders[layers])
+            with _writing(beside[layers]):
+                file.flush()
+                _describe(beside[layers], count, np.concatenate(indices), bad)
+                _put(beside[layers], folders[layers])
     finally:
         for path in beside.values():
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write features to {folder.parent}: {error.strerror or error}. Choose another --probe.cache."
+        ) from error
 
 
 def _require_finite(value: NDArray[Any]) -> None:
@@ -205,23 +221,18 @@ def _require_finite(value: NDArray[Any]) -> None:
 
 
 def _open_file(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = np.lib.format.open_memmap(folder / "values.npy", mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal while the map is written
-            with open(folder / "values.npy", "r+b") as whole:
-                os.posix_fallocate(whole.fileno(), 0, os.path.getsize(whole.name))
-        return file
-    except OSError as error:
-        raise DataError(
-            f"cannot write features to {folder.parent}: {error.strerror}. Choose another --probe.cache."
-        ) from error
+    make_folder(folder)
+    file = np.lib.format.open_memmap(folder / "values.npy", mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal while the map is written
+        with open(folder / "values.npy", "r+b") as whole:
+            os.posix_fallocate(whole.fileno(), 0, os.path.getsize(whole.name))
+    return file
 
 
 def _put(beside: Path, final: Path) -> None:
     """Rename into place; where another process was faster, its folder, which holds the same, stays."""
     try:
-        beside.rename(final)
+        give_name(beside, final)
     except OSError:
         if not (final / "about.json").is_file():
             raise
@@ -239,7 +250,28 @@ def _describe(folder: Path, count: int, indices: NDArray[np.int64], bad: Sequenc
     np.save(folder / "indices.npy", indices)
     with open(folder / "bad.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows(bad)
-    (folder / "about.json").write_text(json.dumps({"images": count, "format": FORMAT}))
+    about = {"images": count, "format": FORMAT} | {name: file_sha256(folder / name) for name in _HASHED}
+    (folder / "about.json").write_text(json.dumps(about | {"sha256": _sha256(about)}))
+    flush_tree(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether features are kept there, and are what was written; what is damaged is removed. Reads all of it."""
+    if not folder.is_dir():
+        return False
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        recorded = about.pop("sha256")
+        if recorded == _sha256(about) and all(file_sha256(folder / name) == about[name] for name in _HASHED):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _sha256(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _read(folder: Path) -> tuple[NDArray[Any], tuple[NDArray[np.int64], list[BadSample]]]:

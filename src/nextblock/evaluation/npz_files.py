@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import tempfile
 import tokenize
 import zipfile
@@ -21,8 +22,9 @@ from nextblock.errors import ConfigError, DataError
 from nextblock.evaluation.frechet import Statistics
 
 # what NumPy and zipfile raise for a file that is damaged, or made to do harm
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, SyntaxError, RecursionError,
-              MemoryError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, SyntaxError, RuntimeError,
+              OverflowError, MemoryError, struct.error, tokenize.TokenError, zipfile.BadZipFile,
+              zlib.error)  # fmt: skip
 SAMPLES = "arr_0"  # of a sample file as ADM's evaluation defined it (arXiv 2105.05233)
 
 

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from nextblock.errors import ConfigError
-from nextblock.figures.canvas import BLUE, FAINT, RED, outline, save, show_image
+from nextblock.figures.canvas import BLUE, FAINT, RED, freed, outline, save, show_image
 
 MOST_STEPS = 16
 IMAGES_PER_PAGE = 16
@@ -75,6 +75,7 @@ def draw_image(recs: Reconstructed, i: int, path: str | Path, name: str = "") ->
     return save(figure, path)
 
 
+@freed
 def draw_contact_sheet(recs: Reconstructed, names: Sequence[str], path: str | Path) -> list[Path]:
     """All images, one a row: original, what the model saw at the middle step, prediction, baseline.
 

@@ -20,14 +20,15 @@ def draw_speed(rows: Sequence[Measured], path: str | Path, *, title: str = "") -
     """How many times the plain path's number ours is, on a logarithmic axis; the plain path itself stands at 1.
 
     Args:
-        rows: of name, device, ratio (ours / plain; rows without one are left out), and, if there, ratio_second (against
-            the compiled reference, a diamond) and spread, whose "ours/plain" are the quartiles, a thin line.
+        rows: of name, device, ratio (ours / plain; rows without one are left out) and, if there, target (an upper bound
+            turns the ratio round), ratio_second (against the compiled reference, a diamond) and spread, whose
+            "ours/plain" are the quartiles, a thin line.
         path: of the picture; returned.
         title: above it.
 
     Raises DataError when no row has a ratio.
     """
-    shown = [row for row in rows if row.get("ratio")]
+    shown = [_as_gain(row) for row in rows if row.get("ratio")]
     if not shown:
         raise DataError("There is no ratio to draw.")
     figure = Figure(figsize=(8.5, 1.5 + 0.42 * len(shown)), layout="constrained")
@@ -66,6 +67,15 @@ def draw_speed(rows: Sequence[Measured], path: str | Path, *, title: str = "") -
 
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _as_gain(row: Measured) -> dict[str, Any]:
+    """The row, where less is better (its target is an upper bound) with plain / ours: to the right is always better."""
+    if not str(row.get("target", "")).startswith("≤"):
+        return dict(row)
+    second, spread = row.get("ratio_second"), (row.get("spread") or {}).get("ours/plain")
+    turned = {"ratio": 1 / row["ratio"], "ratio_second": 1 / second if second else None}
+    return {**row, **turned, "spread": {"ours/plain": tuple(1 / end for end in reversed(spread))} if spread else {}}
 
 
 def _ends(row: Measured) -> list[float]:

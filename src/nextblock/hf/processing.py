@@ -14,6 +14,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from nextblock.checkpoints import custom_code
+from nextblock.checkpoints.hashes import HASH
 from nextblock.data.preprocess import Preprocessing
 from nextblock.errors import ConfigError, nearest
 
@@ -124,7 +125,7 @@ class NextblockImageProcessor(BaseImageProcessor):
         return list(self.preprocessing.std or ())
 
 
-_OF_TRANSFORMERS = ("image_processor_type", "auto_map")
+_OF_TRANSFORMERS = ("image_processor_type", "auto_map", HASH)  # and the hash, which is of values as they were written
 
 
 def _as_tuple(value: Any) -> Any:

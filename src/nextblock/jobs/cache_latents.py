@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,17 +12,19 @@ from rich.console import Console
 
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.data.latents.cache import About
-from nextblock.data.latents.making import Maker
+from nextblock.data.latents.making import Maker, lacking
 from nextblock.data.loading import default_workers
 from nextblock.data.sources import Source
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs.images_record import open_images
 from nextblock.jobs.latents_record import Asked, begin, go_on, read_asked
 from nextblock.jobs.opening import require_positive
+from nextblock.jobs.output import say
 from nextblock.jobs.shard_progress import shard_bar, size
+from nextblock.jobs.share import Share, Units, my_share, stopped, take_own_device
 from nextblock.training.launch import pick_device
 from nextblock.training.run_folder import max_bad_images
-from nextblock.training.signals import Stopped, StopRequest
+from nextblock.training.signals import StopRequest
 from nextblock.vae import Autoencoder
 
 
@@ -50,6 +54,8 @@ def cache_latents(
     centre kept. Broken ones are left out and listed in bad_samples.csv. A cache that was stopped, at whatever moment,
     goes on after its last whole shard when the same command is given again, or with --resume; the result is the same
     to the byte on the same kind of machine. Shards found damaged are made anew.
+
+    The processes of a Slurm array or of torchrun make a share of the shards each: see `nextblock.jobs.share`.
 
     Args:
         dataset: the images: a folder, Parquet file(s), hf:NAME, or the name of a benchmark data set; in Python any
@@ -86,14 +92,23 @@ def cache_latents(
         "dtype": dtype, "shard_mb": shard_mb, "max_bad_fraction": max_bad_fraction,
     }  # fmt: skip
     console = Console(quiet=quiet)
-    folder, begun, asked = read_asked(dataset, {k: v for k, v in given.items() if v is not None}, out, resume)
+    share = my_share()
+    read = partial(read_asked, dataset, {k: v for k, v in given.items() if v is not None}, out, resume)
+    folder, _, asked = read()
+    take_own_device()
     model = _open_vae(asked).to(pick_device(device))
     source = open_images(asked.dataset, asked, dataset)
-    about = go_on(folder, begun, asked, source, model, console) if begun else begin(folder, asked, source, model)
-    loaders = default_workers() if workers < 0 else workers
-    if not about.finished:
-        about = _make(folder, about, asked, source, model, batch_size, loaders, console)
-    _tell(folder, about, console)
+    with Units(folder, share) as units:
+        with units.alone():
+            _, begun, asked = read()  # another process may have begun it meanwhile
+            about = begun or begin(folder, asked, source, model)
+        mine = units.claim(range(about.shard_count))
+        if begun:
+            about = go_on(folder, begun, asked, source, model, units, mine, console)
+        if not about.finished:
+            loaders = default_workers() if workers < 0 else workers
+            about = _make(folder, about, asked, source, model, batch_size, loaders, units, mine, console)
+    _tell(folder, about, share, console)
     return folder
 
 
@@ -118,30 +133,36 @@ def _make(
     model: Autoencoder,
     batch_size: int,
     workers: int,
+    units: Units,
+    mine: Sequence[int],
     console: Console,
 ) -> About:
-    done = sum(record.images + len(record.bad) for record in about.shards.values())
-    _require_room(folder, about, len(source) - done, console)
+    todo = lacking(about, mine)
+    images = sum(min(about.shard_images, len(source) - number * about.shard_images) for number in todo)
+    _require_room(folder, about, images, todo, units.share, console)
     stop = StopRequest("this batch is done")
+    every = len(source) if units.share.whole else images
     try:
-        with stop, shard_bar("encoding", len(source), done, console, _shard_line) as bar:
+        with stop, shard_bar("encoding", every, every - images, console, _shard_line) as bar:
             maker = Maker(
                 folder, source, model, batch_size, workers, max_bad_images(len(source), asked.max_bad_fraction),
-                on_images=bar.images, on_shard=bar.shard, stop_asked=stop,
+                on_images=bar.images, on_shard=bar.shard, stop_asked=stop, numbers=mine, alone=units.alone,
             )  # fmt: skip
             return maker.make(about)
     except KeyboardInterrupt as error:
         advice = f"stopped. To go on after the last whole shard: nextblock cache-latents --resume {folder}"
-        raise Stopped(advice, stop.received) from error
+        raise stopped(advice, stop.received) from error
 
 
-def _require_room(folder: Path, about: About, images: int, console: Console) -> None:
+def _require_room(
+    folder: Path, about: About, images: int, todo: Sequence[int], share: Share, console: Console
+) -> None:  # fmt: skip
     """Say what will be written. Raises RunError when it is more than the disk has."""
     need, free = images * about.bytes_per_image, shutil.disk_usage(folder).free
-    shape, shards = " x ".join(map(str, about.shape)), about.shard_count - len(about.shards)
+    shape, of = " x ".join(map(str, about.shape)), "" if share.whole else f" ({share.told})"
     console.print(
-        f"{about.data['description']}. {images:,} to encode: moments {shape}, also mirrored, in {about.dtype}, "
-        f"{size(need)} in {shards} shard{'s' if shards > 1 else ''} of {folder}",
+        f"{about.data['description']}. {images:,} to encode{of}: moments {shape}, also mirrored, in {about.dtype}, "
+        f"{size(need)} in {len(todo)} shard{'' if len(todo) == 1 else 's'} of {folder}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     if need > free:
@@ -151,7 +172,13 @@ def _require_room(folder: Path, about: About, images: int, console: Console) -> 
         )
 
 
-def _tell(folder: Path, about: About, console: Console) -> None:
+def _tell(folder: Path, about: About, share: Share, console: Console) -> None:
+    if not about.finished:
+        say(
+            console,
+            f"{share.told} is done; {_shard_line(about)} of {folder} are there, other processes make the others",
+        )
+        return
     bad = sum(len(record.bad) for record in about.shards.values())
     count = sum(record.images for record in about.shards.values())
     left_out = f", {bad} broken ones left out (bad_samples.csv)" if bad else ""

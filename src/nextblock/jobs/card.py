@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from nextblock.checkpoints.model_card import as_text
 from nextblock.recipes.config import PretrainConfig
 from nextblock.training.plan import Plan
 from nextblock.training.run_folder import read_metrics
@@ -23,7 +24,7 @@ def model_card(config: PretrainConfig, folder: Path, data: str, plan: Plan) -> s
 A vision transformer pre-trained by next-cell prediction (XTRA, arXiv 2411.15648) with nextblock.
 
 - holds: encoder, projection, predictor and pixel heads; raw weights (no EMA)
-- data: {data}
+- data: {as_text(data)}
 - images: {height}×{width} px, patches of {patch[0]}×{patch[1]} px, cells of {model.cell_size} patches a side
 - encoder: width {model.width}, depth {model.depth}, {model.num_heads} heads, block-causal attention
 - trained: {trained(plan)}, seed {training.seed}

@@ -16,6 +16,7 @@ from nextblock.checkpoints.recognise import OFFICIAL, Asked, Recognised, officia
 from nextblock.checkpoints.vae_files import RECORD, open_vae
 from nextblock.data.named.imagenet import NUM_CLASSES, imagenet_classes
 from nextblock.data.preprocess import Preprocessing
+from nextblock.durable import flush_tree, give_name
 from nextblock.errors import CheckpointError, ConfigError, RunError
 from nextblock.jobs.opening import open_encoder, weights_in
 from nextblock.jobs.output import written_whole
@@ -150,7 +151,8 @@ def _write_vae(vae: Autoencoder, folder: Path, about: Mapping[str, Any]) -> None
         record = {**about, "sha256": {weights.name: file_sha256(weights)}}
         (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (beside / "README.md").write_text(_vae_card(vae, about))
-        beside.rename(folder)  # over nothing, or over an empty folder
+        flush_tree(beside)
+        give_name(beside, folder)  # over nothing, or over an empty folder
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror or error}. Choose another --to.") from error
     finally:

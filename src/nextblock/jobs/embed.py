@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from rich.progress import track
 from nextblock.data.loading import default_workers, evaluation_batches
 from nextblock.data.sources import Source, open_source
 from nextblock.data.stream import BadSample
+from nextblock.errors import RunError
 from nextblock.evaluation.features import FeatureConfig, Features, extract_batches
-from nextblock.jobs.embedded_file import METADATA, record_of
+from nextblock.jobs.embed_parts import Parts, share_parts
+from nextblock.jobs.embedded_file import METADATA, embedded_record, record_of
 from nextblock.jobs.opening import one_or_many, open_encoder, require_positive, run_data
 from nextblock.jobs.output import new_file, require_some, say, tell_bad, written_whole
+from nextblock.jobs.share import Share, Units, my_share, take_own_device
 
 SUFFIXES = (".parquet", ".npz")
 SHELL_NEEDS = {"out": "a new .parquet or .npz file for the features"}
@@ -54,6 +58,9 @@ def embed(
 ) -> Embedded | Path:
     """Compute the features of images with a pre-trained encoder.
 
+    The processes of a Slurm array or of torchrun embed a share of the images each, and the last one writes the file;
+    what was stopped goes on when the same command is given again: see `nextblock.jobs.share`.
+
     Args:
         run: a run folder, or a folder of exported weights.
         images: image files and folders, Parquet files or hf:NAME; in Python any source of images.
@@ -74,31 +81,78 @@ def embed(
     """
     require_positive(batch_size=batch_size)
     console = Console(quiet=quiet)
-    target = None if out is None else new_file(out, SUFFIXES)
+    share = my_share()
+    by_parts = out is not None and not share.whole
+    target = None if out is None else Path(out) if by_parts and Path(out).exists() else new_file(out, SUFFIXES)
+    take_own_device()
     opened = open_encoder(run, device)
     column = image_column or run_data(run).image_column
     source = open_source(one_or_many(images), split=split, image_column=column)
     config = FeatureConfig(last_layers=last_layers, pool=pool, bidirectional=bidirectional, final_norm=final_norm)
     loaders = default_workers() if workers < 0 else workers
-    batches = evaluation_batches(source, opened.preprocessing, batch_size=batch_size, workers=loaders)
-    steps = -(-len(source) // batch_size)
-    shown = track(
-        extract_batches(opened.encoder, batches, opened.preprocessing, config),
-        total=steps, description="embedding", console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    record = record_of(opened, config) if target is not None else {}
-    if target is not None and target.suffix == ".parquet":
-        bad, count = _write_parquet(target, shown, source, record)
+
+    def batches(indices: Sequence[int]) -> Iterator[Features]:
+        loaded = evaluation_batches(
+            source, opened.preprocessing, batch_size=batch_size, workers=loaders, indices=indices
+        )  # fmt: skip
+        yield from track(
+            extract_batches(opened.encoder, loaded, opened.preprocessing, config), total=-(-len(indices) // batch_size),
+            description="embedding", console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    if target is None:
+        made = _collect(batches(range(len(source))), source)
+        tell_bad(console, made.bad)
+        return made
+    record = record_of(opened, config)
+    parts = Parts(target, source, batch_size)
+    if by_parts or parts.folder.is_dir():
+        return _share(parts, share, batches, record, pool, console)
+    _write(target, batches(range(len(source))), source, record, console)
+    return target
+
+
+def _share(
+    parts: Parts, share: Share, batches: Callable[[Sequence[int]], Iterator[Features]], record: dict[str, Any],
+    pool: bool, console: Console,
+) -> Path:  # fmt: skip
+    """Embed this process's share of the images; write the file where the others' are there, too."""
+    target = parts.target
+    with Units(target, share) as units:
+        with units.alone():
+            if target.exists():
+                return _complete(target, record, console)
+            parts.begin(record, pool)
+        lacking = share_parts(parts, units, batches, f"the same command, with --out {target}")
+        with units.last() if not lacking else nullcontext(False) as got:
+            if got and not target.exists():
+                _write(target, parts.read(), parts.source, record, console)
+                parts.remove()
+            else:
+                left = f" ({lacking} parts)" if lacking else ""
+                say(console, f"{share.told} is done; other processes embed the other images{left}")
+    return target
+
+
+def _complete(target: Path, record: dict[str, Any], console: Console) -> Path:
+    """Say that a file is there which others have made. Raises RunError when it is of something else."""
+    if embedded_record(target) != record:
+        raise RunError(f"{target} exists already, of another encoder or options. Choose another --out.")
+    say(console, f"already complete: {target}")
+    return target
+
+
+def _write(
+    target: Path, batches: Iterable[Features], source: Source, record: Mapping[str, Any], console: Console
+) -> None:  # fmt: skip
+    if target.suffix == ".parquet":
+        bad, count = _write_parquet(target, batches, source, record)
     else:
-        made = _collect(shown, source)
+        made = _collect(batches, source)
         bad, count = made.bad, len(made.names)
-        if target is None:
-            tell_bad(console, bad)
-            return made
         _write_npz(target, made, record)
     tell_bad(console, bad)
     say(console, f"{count:,} images embedded: {target}")
-    return target
 
 
 def _collect(batches: Iterable[Features], source: Source) -> Embedded:

@@ -18,10 +18,11 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from nextblock.checkpoints.graphs import Exportable, GraphConfig, open_graph, require_format, write_graph
-from nextblock.checkpoints.pretrained import read_about
+from nextblock.checkpoints.pretrained import preprocessing_text, read_about
 from nextblock.data.loading import evaluation_batches
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import Source, open_source
+from nextblock.durable import flush_tree, give_name, make_folder
 from nextblock.errors import RunError
 from nextblock.jobs.export_card import graph_card
 from nextblock.jobs.export_report import BATCHES, Checked, check, described, measure, show, table_rows
@@ -155,13 +156,15 @@ def _new_folder(out: str | Path | None, weights: Path, format: str) -> Path:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write to; it becomes `folder` when all went well, and is gone otherwise."""
+    """A folder beside `folder` to write to; it is flushed and becomes `folder` when all went well, and is gone
+    otherwise."""
     beside = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
-        beside.mkdir(parents=True)
+        make_folder(beside)
         yield beside
-        beside.rename(folder)
+        flush_tree(beside)
+        give_name(beside, folder)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     finally:
@@ -205,11 +208,8 @@ def _write_about(
     images: str,
 ) -> None:
     result = {**vars(checked), "images": images, "threads": torch.get_num_threads(), "rows": rows}
-    for name, values in (
-        ("config.json", about),
-        ("preprocessor_config.json", preprocessing.to_dict()),
-        ("result.json", result),
-    ):
+    (folder / "preprocessor_config.json").write_text(preprocessing_text(preprocessing.to_dict()))
+    for name, values in (("config.json", about), ("result.json", result)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
     card, table = graph_card(about, preprocessing, rows, checked)
     (folder / "README.md").write_text(card)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nextblock.checkpoints.model_card import as_text
 from nextblock.data.labelled import Labelled
 from nextblock.figures.probe import draw_probe_curves
 from nextblock.jobs.finetune_config import FinetuneRecord
@@ -30,8 +31,8 @@ A vision transformer, pre-trained by next-cell prediction (XTRA, arXiv 2411.1564
 {config.head} head, with nextblock.
 
 - holds: encoder and head; weights: {weights}
-- data: {data.name}, {data.train.description}{shots}
-- classes: {len(data.classes)} ({", ".join(shown)})
+- data: {as_text(data.name)}, {as_text(data.train.description)}{shots}
+- classes: {len(data.classes)} ({as_text(", ".join(shown))})
 - images: {height}×{width} px, patches of {patch[0]}×{patch[1]} px
 - encoder: width {model.width}, depth {model.depth}, {model.num_heads} heads, {attention} attention
 - trained: {training.epochs:g} epochs, batch {training.batch_size}, learning rate {training.peak_lr:g}, layer decay

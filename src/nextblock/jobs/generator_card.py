@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nextblock.checkpoints.model_card import as_text
 from nextblock.jobs.card import schedule, trained
 from nextblock.jobs.generator_data import Learned
 from nextblock.recipes.generator import GeneratorConfig
@@ -23,7 +24,7 @@ def generator_card(config: GeneratorConfig, folder: Path, data: Learned, weights
 Images by denoising the next entity (xAR, arXiv 2502.20388), trained with nextblock.
 
 - holds: {kept}
-- data: {data.description}; {classes}
+- data: {as_text(data.description)}; {classes}
 - makes: images of {height}×{width} px, in {space}
 - entities: {model.ordering}, {entities.num_entities} of them, {entities.num_tokens} tokens in all, patches of \
 {model.patch[0]}×{model.patch[1]}
@@ -46,7 +47,7 @@ nextblock sample PATH_TO_THIS_FOLDER --n 16 --out DIR
 
 
 def _where(vae: dict[str, object]) -> str:
-    return f"{vae.get('path') or vae.get('name')} (SHA-256 {str(vae.get('sha256'))[:12]}...)"
+    return f"{as_text(vae.get('path') or vae.get('name'))} (SHA-256 {str(vae.get('sha256'))[:12]}...)"
 
 
 def _measured(folder: Path) -> str:

@@ -10,11 +10,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from nextblock.checkpoints.pretrained import save_pretrained
-from nextblock.figures.curves import draw_curves
 from nextblock.jobs.generator_card import generator_card
 from nextblock.jobs.generator_data import Material, drawn_for, learned_from, watched_with
 from nextblock.jobs.generator_watch import GeneratorWatch
 from nextblock.jobs.training_run import TrainingRun
+from nextblock.jobs.watch import draw_curves_of
 from nextblock.randomness import key, uniforms
 from nextblock.recipes.generator import GeneratorConfig
 from nextblock.training.ema import EMA
@@ -133,7 +133,7 @@ class GeneratorRun(TrainingRun):
                     self._export(folder, name, weights)
             else:
                 self._export(folder, name, weights)
-        draw_curves({folder.name: folder / "metrics.csv"}, folder / "figures" / "curves.png")
+        draw_curves_of(folder, self.say)
         self.say(f"run folder: {folder}")
         self.say(
             f"weights:    {folder / 'exported'}" + (" (averaged; the last ones: exported_raw)" if self.ema else "")

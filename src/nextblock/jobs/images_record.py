@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,6 +105,17 @@ def write_manifest_once(folder: Path, source: Source) -> None:
     beside = folder / f".{MANIFEST}.partial"
     write_manifest(source, beside)
     beside.replace(folder / MANIFEST)
+
+
+def remove_left_overs(folder: Path, files: Iterable[str]) -> None:
+    """Remove what a killed process was writing to get `files`, and all that is written beside by one process at a time.
+
+    Other processes may be writing other shards: theirs stay.
+    """
+    mine = {f".{name}.partial" for name in files}
+    for left_over in folder.glob(".*.partial"):
+        if left_over.name in mine or not left_over.name.startswith(".shard-"):
+            left_over.unlink(missing_ok=True)
 
 
 def is_whole(name: str, require: Callable[[], object], console: Console) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,12 +13,19 @@ from rich.console import Console
 
 from nextblock.data.latents.cache import ABOUT, About, is_latent_cache
 from nextblock.data.latents.making import with_shards
-from nextblock.data.latents.shards import Shard
+from nextblock.data.latents.shards import Shard, shard_name
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import Source
 from nextblock.errors import ConfigError, RunError, nearest
-from nextblock.jobs.images_record import images_record, is_whole, require_same_images, write_manifest_once
+from nextblock.jobs.images_record import (
+    images_record,
+    is_whole,
+    remove_left_overs,
+    require_same_images,
+    write_manifest_once,
+)
 from nextblock.jobs.record import where
+from nextblock.jobs.share import Units
 from nextblock.training.run_folder import claim_folder
 from nextblock.vae import Autoencoder, same_vae
 
@@ -130,8 +137,12 @@ def begin(folder: Path, asked: Asked, source: Source, vae: Autoencoder) -> About
     return about
 
 
-def go_on(folder: Path, begun: About, asked: Asked, source: Source, vae: Autoencoder, console: Console) -> About:
-    """What is there, less the shards that are damaged. Raises RunError when images or VAE are not the same."""
+def go_on(
+    folder: Path, begun: About, asked: Asked, source: Source, vae: Autoencoder, units: Units, mine: Collection[int],
+    console: Console,
+) -> About:  # fmt: skip
+    """What is there, less those of the shards `mine` that are damaged. Raises RunError when images or VAE are not the
+    same."""
     ours = vae.identity()
     if not same_vae(begun.vae, ours):
         difference = _difference(begun.vae, ours)
@@ -140,22 +151,18 @@ def go_on(folder: Path, begun: About, asked: Asked, source: Source, vae: Autoenc
             "--out."
         )
     require_same_images(folder, begun.data, source, f"the latent cache {folder}")
-    shards = {number: Shard(folder, record) for number, record in begun.shards.items()}
-    whole = {
-        number: begun.shards[number]
-        for number, shard in shards.items()
-        if is_whole(shard.path.name, shard.require_whole, console)
-    }
-    lost = set(begun.shards) - set(whole)
-    told = f"{len(whole)} of {begun.shard_count} shards of {folder} are whole"
+    shards = {number: Shard(folder, record) for number, record in begun.shards.items() if number in mine}
+    lost = {number for number, shard in shards.items() if not is_whole(shard.path.name, shard.require_whole, console)}
+    others = "" if units.share.whole else f", as far as they are {units.share.told}"
+    told = f"{len(begun.shards) - len(lost)} of {begun.shard_count} shards of {folder} are whole{others}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)
-    for left_over in folder.glob(".*.partial"):
-        left_over.unlink(missing_ok=True)
-    write_manifest_once(folder, source)
-    about = dataclasses.replace(begun, asked=dataclasses.asdict(asked))
-    if lost:
-        about = with_shards(about, whole)
-        about.write(folder)  # what is damaged must not look finished while it is made anew
+    with units.alone():
+        remove_left_overs(folder, [shard_name(number) for number in mine])
+        write_manifest_once(folder, source)
+        about = dataclasses.replace(About.read(folder), asked=dataclasses.asdict(asked))
+        if lost:
+            about = with_shards(about, {number: r for number, r in about.shards.items() if number not in lost})
+            about.write(folder)  # what is damaged must not look finished while it is made anew
     return about
 
 

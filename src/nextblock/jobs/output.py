@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nextblock.data.stream import BadSample
+from nextblock.durable import flush_file, give_name
 from nextblock.errors import ConfigError, DataError, RunError
 
 
@@ -28,14 +29,15 @@ def new_file(path: str | Path, suffixes: Sequence[str], option: str = "--out") -
 
 @contextmanager
 def written_whole(target: Path, option: str = "--out") -> Iterator[Path]:
-    """A path beside `target` to write to; it becomes `target` when all went well, and is gone otherwise.
+    """A path beside `target` to write to; it is flushed and becomes `target` when all went well, and is gone otherwise.
 
     What the file system refuses in between is raised as a RunError; `option` is what named the target.
     """
     beside = target.with_name(f".{target.name}.partial")
     try:
         yield beside
-        beside.rename(target)
+        flush_file(beside)
+        give_name(beside, target)
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}. Choose another {option}.") from error
     finally:
@@ -67,5 +69,5 @@ def plain(text: str, style: str = "") -> Text:
 
 
 def _printable(text: str) -> str:
-    """File names need not be UTF-8, and what is printed must."""
-    return text.encode(errors="replace").decode()
+    """File names need not be UTF-8, and what is printed must; nor may they steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

@@ -27,6 +27,7 @@ from nextblock.training.run_folder import read_config
 SUFFIXES = (".csv",)
 TOP = 5
 MOST_SHOWN = 20  # images, in the shell
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of one
 
 
 @dataclass
@@ -62,7 +63,8 @@ def predict(
         run: a finished probe or fine-tuning run, or a folder of its exported weights.
         images: image files and folders, Parquet files or hf:NAME; in Python any source of images.
         out: a new .csv file (name, class_1, probability_1, class_2, ...); without it the predictions are returned,
-            and those of the first 20 images are shown.
+            and those of the first 20 images are shown. Names stand in the file as they are: where one would be a
+            formula to a spreadsheet, that is told.
         top: so many classes for each image, the most probable ones.
         split: which split, where the source has several.
         image_column: of tables; the run's own when left out.
@@ -94,8 +96,12 @@ def predict(
         tell_bad(console, made.bad)
         _show(console, made)
         return made
-    count, bad = _write_csv(target, parts, min(top, known))
+    count, formulas, bad = _write_csv(target, parts, min(top, known))
     tell_bad(console, bad)
+    if formulas:
+        say(
+            console, f"{formulas:,} rows hold a name that begins with = + - or @: import them to a spreadsheet as text."
+        )
     say(console, f"{count:,} images predicted: {target}")
     return target
 
@@ -131,8 +137,9 @@ def _collect(parts: Iterable[Predictions]) -> Predictions:
     return Predictions(names, classes, np.concatenate([part.probabilities for part in every]), bad)
 
 
-def _write_csv(target: Path, parts: Iterable[Predictions], top: int) -> tuple[int, list[BadSample]]:
-    count, bad = 0, list[BadSample]()
+def _write_csv(target: Path, parts: Iterable[Predictions], top: int) -> tuple[int, int, list[BadSample]]:
+    """How many images, how many rows with a name that is a formula to a spreadsheet, and who was left out."""
+    count, formulas, bad = 0, 0, list[BadSample]()
     # surrogateescape: the name of a file need not be UTF-8, and comes out as the bytes that it is.
     with (
         written_whole(target) as beside,
@@ -145,9 +152,10 @@ def _write_csv(target: Path, parts: Iterable[Predictions], top: int) -> tuple[in
             count += len(part.names)
             for name, classes, probabilities in zip(part.names, part.classes, part.probabilities, strict=True):
                 pairs = zip(classes, probabilities, strict=True)
+                formulas += any(str(text).startswith(FORMULA) for text in (name, *classes))
                 rows.writerow([name, *(value for label, p in pairs for value in (label, f"{p:.6g}"))])
         require_some(count, bad)
-    return count, bad
+    return count, formulas, bad
 
 
 def _show(console: Console, made: Predictions) -> None:

@@ -14,15 +14,16 @@ from rich.console import Console
 
 from nextblock.data.prepared.about import About, is_prepared
 from nextblock.data.prepared.encoding import Encoding
-from nextblock.data.prepared.making import BAD_SAMPLES, Maker
-from nextblock.data.sources import Source
+from nextblock.data.prepared.making import BAD_SAMPLES
+from nextblock.data.prepared.pieces import has_pieces
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs.images_record import open_images
 from nextblock.jobs.output import say
+from nextblock.jobs.prepare_share import Work, make, make_share
 from nextblock.jobs.prepared_record import Asked, begin, go_on, require_same_settings
-from nextblock.jobs.shard_progress import shard_bar, size
-from nextblock.training.run_folder import max_bad_images
-from nextblock.training.signals import Stopped, StopRequest
+from nextblock.jobs.shard_progress import size
+from nextblock.jobs.share import Units, my_share
+from nextblock.training.signals import StopRequest
 
 SHELL_NEEDS = {"out": "a new folder for the shards, or one that was begun, to go on"}
 LOCK_WAIT_S = 10.0  # so long the workers of a killed process may still be there
@@ -52,6 +53,9 @@ def prepare(
     images are left out and listed in bad_samples.csv. What was stopped, at whatever moment, goes on after its last
     whole shard when the same command is given again; the result is the same to the byte, whatever the number of
     workers. Shards found damaged are made anew.
+
+    The processes of a Slurm array or of torchrun encode a share of the images each, and the last one puts the shards
+    together, which needs the disk twice for a while: see `nextblock.jobs.share`.
 
     Args:
         data: the images: a folder, Parquet file(s), hf:NAME, or the name of a benchmark data set; in Python any source
@@ -87,22 +91,35 @@ def prepare(
         data, data_root, split=split, image_column=image_column, label_column=label_column,
         shard_mb=shard_mb, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
+    share = my_share()
+    _begun(folder, asked, encoding)
+    source = open_images(asked.data, asked, data)
+    with Units(folder, share) as units:
+        with units.alone():
+            there = _begun(folder, asked, encoding)  # perhaps by another process, meanwhile
+            if not there:
+                begin(folder, asked, encoding, source)
+        by_pieces = not share.whole or has_pieces(folder)
+        with _alone(folder, shared=by_pieces):
+            stop = StopRequest("a few images are done")
+            work = Work(folder, asked, source, _processes(workers), console, stop)
+            if by_pieces:
+                about = make_share(work, units)
+            else:
+                about = About.read(folder)  # another process may have gone on in between
+                about = go_on(folder, about, asked, source, console) if there else about
+                about = make(work, about)
+    if about.index is not None:
+        _tell(folder, about, console)
+    return folder
+
+
+def _begun(folder: Path, asked: Asked, encoding: Encoding) -> About | None:
+    """What is there; raises ConfigError where it was begun with other settings."""
     there = About.read(folder) if is_prepared(folder) else None
     if there:
         require_same_settings(folder, there, asked, encoding)
-    source = open_images(asked.data, asked, data)
-    if not there:
-        begin(folder, asked, encoding, source)
-    with _alone(folder):
-        about = About.read(folder)  # another process may have gone on in between
-        if there:
-            about = go_on(folder, about, asked, source, console)
-        if about.index is not None:
-            console.print("already complete", highlight=False)
-        else:
-            about = _make(folder, about, source, _processes(workers), console)
-    _tell(folder, about, console)
-    return folder
+    return there
 
 
 def _processes(workers: int) -> int:
@@ -114,12 +131,13 @@ def _processes(workers: int) -> int:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises RunError when another one prepares images in it."""
+def _alone(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the folder for this process, or for all that have a share. Raises RunError when another one prepares images
+    in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         deadline = time.monotonic() + LOCK_WAIT_S
-        while not _locked(handle):
+        while not _locked(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 raise RunError(f"another process prepares images in {folder}. Wait for it, or choose another --out.")
             time.sleep(0.1)
@@ -128,36 +146,14 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked(handle: int) -> bool:
+def _locked(handle: int, kind: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # some network file systems lock no folders
         return True
     return True
-
-
-def _make(folder: Path, about: About, source: Source, workers: int, console: Console) -> About:
-    done = about.images + len(about.bad)
-    max_bad = max_bad_images(len(source), about.asked["max_bad_fraction"])
-    by = f"{workers} processes" if workers > 1 else "1 process"
-    say(
-        console, f"{about.data['description']}. {len(source) - done:,} images to prepare by {by}: {about.encoding.told}"
-    )
-    stop = StopRequest("a few images are done")
-    try:
-        with stop, shard_bar("preparing", len(source), done, console, _shard_line) as bar:
-            start = time.monotonic()
-            maker = Maker(
-                folder, source, workers, max_bad, on_images=bar.images, on_shard=bar.shard, stop_asked=stop
-            )  # fmt: skip
-            about = maker.make(about)
-    except KeyboardInterrupt as error:
-        advice = "stopped. To go on after the last whole shard, give the same command again: "
-        raise Stopped(advice + about.command(folder), stop.received) from error
-    say(console, f"{(len(source) - done) / max(time.monotonic() - start, 1e-9):,.0f} images/s")
-    return about
 
 
 def _tell(folder: Path, about: About, console: Console) -> None:
@@ -171,9 +167,3 @@ def _tell(folder: Path, about: About, console: Console) -> None:
     say(
         console, f"To use them: nextblock pretrain --data.train {folder}; every job reads {folder} as it does a folder."
     )
-
-
-def _shard_line(about: About) -> str:
-    done = f"{about.images + len(about.bad):,} of {about.count:,} images"
-    bytes_ = size(sum(record.bytes for record in about.shards.values()))
-    return f"{len(about.shards)} shard{'' if len(about.shards) == 1 else 's'}: {done}, {bytes_}"

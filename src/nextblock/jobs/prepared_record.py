@@ -98,7 +98,7 @@ def go_on(folder: Path, begun: About, asked: Asked, source: Source, console: Con
     console.print(
         f"{len(whole)} of {len(begun.cuts)} shards of {folder} are whole", highlight=False, markup=False, soft_wrap=True
     )
-    for left_over in folder.glob(".*.partial"):
+    for left_over in folder.glob(".*.partial"):  # nobody else makes shards now
         left_over.unlink(missing_ok=True)
     write_manifest_once(folder, source)
     about = dataclasses.replace(begun, asked=dataclasses.asdict(asked))

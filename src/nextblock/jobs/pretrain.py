@@ -10,7 +10,7 @@ from rich.console import Console
 
 from nextblock.jobs.choose import choose
 from nextblock.jobs.opening import initial_weights
-from nextblock.jobs.run import Pretrained, Run, open_train
+from nextblock.jobs.run import Pretrained
 from nextblock.jobs.starting import (
     FREE_ON_RESUME,
     Section,
@@ -20,6 +20,7 @@ from nextblock.jobs.starting import (
     new_folder,
     take_objects,
 )
+from nextblock.jobs.streamed_run import images_of, run_on
 from nextblock.recipes.config import PRETRAIN, SECTIONS, merge, preset_layer, read_recipe, to_yaml, typed
 from nextblock.training.launch import launch, pick_device
 
@@ -47,7 +48,8 @@ def pretrain(
             and the device, and told.
         preset: the sizes of a named model, over those of the recipe.
         data, model, training, watch: values of the recipe's sections, over everything else; `data["train"]` may
-            be any source of images.
+            be any source of images, or, with `data["length"]`, a stream: such a run goes on with the same number of
+            processes and workers only.
         out: the run folder, new or empty; by default a dated one under runs/.
         resume: a run folder to continue, bit-identically on the same CPU; or "auto": continue the run in `out` where
             there is one, else begin it, so that a launcher can start the same command again.
@@ -67,7 +69,7 @@ def pretrain(
     )  # fmt: skip
     if found is not None:
         folder, settings = found
-        return Run(settings, launch(settings.training), objects, console).go_on(folder)
+        return run_on(settings, launch(settings.training), objects, console).go_on(folder)
     base = read_recipe(config) if config is not None else {}
     values = merge(base, preset_layer(preset), given)
     if config is None and not (print_config and "train" not in given.get("data", {})):
@@ -77,7 +79,7 @@ def pretrain(
     if print_config:
         print(to_yaml(settings), end="")
         return None
-    run = Run(absolute(settings), launch(settings.training), objects, console)
+    run = run_on(absolute(settings), launch(settings.training), objects, console)
     if init_from is not None:
         initial_weights(init_from, run.model)
     run.require_room()
@@ -93,7 +95,7 @@ def _chosen(
 ) -> dict[str, dict[str, Any]]:
     """The values, completed by a choice for these images that is told (by one process)."""
     first = typed({name: section for name, section in values.items() if name != "model"})
-    source = open_train(first, objects)
+    source = images_of(first, objects)
     choice = choose(source, pick_device(first.training.device), values, sized=sized)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         lines = [f"{source.description}. No --config given, so this run is chosen for you:", *choice.reasons]

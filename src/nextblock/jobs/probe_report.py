@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nextblock.checkpoints.model_card import as_text
 from nextblock.checkpoints.pretrained import save_pretrained
 from nextblock.data.named.published import PUBLISHED
 from nextblock.errors import RunError
@@ -69,10 +70,21 @@ def finish(run: ProbeRun, folder: Path) -> Probed:
     return Probed(folder, rows, best)
 
 
+_PARTS = {"dataset", "rows", "best"}  # of every result
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished probe, else None."""
+    """The result of a finished probe, else None. Raises RunError for one that cannot be read."""
     file = folder / "result.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read: {error}. Remove it: the probe is then measured again.") from error
+    if not isinstance(found, dict) or not found.keys() >= _PARTS:
+        raise RunError(f"{file} is not the result of a probe. Remove it: the probe is then measured again.")
+    return found
 
 
 def protocol(run: ProbeRun) -> str:
@@ -131,12 +143,12 @@ def _export(run: ProbeRun, number: int, folder: Path, result: dict[str, Any]) ->
     best = result["best"]
     shown = ", ".join(run.data.classes[:20]) + (", ..." if len(run.data.classes) > 20 else "")
     height, width = run.opened.preprocessing.size_px
-    card = f"""# A probe of {run.target.run} on {run.data.name}
+    card = f"""# A probe of {as_text(run.target.run)} on {as_text(run.data.name)}
 
 A frozen encoder with a trained head, by nextblock.
 
 - head: {run.grid.specs[number].name}; {result["training"]}
-- classes: {len(run.data.classes)} ({shown})
+- classes: {len(run.data.classes)} ({as_text(shown)})
 - images: {height}×{width} px
 - {best["test_top1"]:.2f} % of {result["images"]["test"]:,} test images right; {result["protocol"]}
 

@@ -16,11 +16,10 @@ from nextblock.data.preprocess import normalize
 from nextblock.data.sources import Source, explain_change, write_manifest
 from nextblock.data.stream import Batch, TrainingStream
 from nextblock.errors import ConfigError
-from nextblock.figures.curves import draw_curves
 from nextblock.jobs.card import model_card
 from nextblock.jobs.record import described
-from nextblock.jobs.training_run import Trained, TrainingRun, compile_layers
-from nextblock.jobs.watch import Watch
+from nextblock.jobs.training_run import Look, Trained, TrainingRun, compile_layers
+from nextblock.jobs.watch import Watch, draw_curves_of
 from nextblock.randomness import hashed, key, uniforms
 from nextblock.recipes.config import PretrainConfig
 from nextblock.training.launch import Fabric
@@ -43,17 +42,24 @@ class Run(TrainingRun):
     def __init__(self, config: PretrainConfig, fabric: Fabric, objects: dict[str, Any], console: Console) -> None:
         super().__init__(fabric, console)
         self.config = config
-        self.source = open_train(config, objects)
+        self.source = self.open_train(objects)
         self.val = open_val(config, objects)
         self.in_memory = "train" in objects
         self.preprocessing = config.data.preprocessing(config.model)
-        crop = config.data.crop(config.model)
-        self.stream = TrainingStream(
-            self.source, config.training.seed, crop, self.preprocessing, decoder=chosen_decoder(config.data.decoder)
-        )
+        self.stream = self.make_stream()
         self.plan = Plan(len(self.source), config.training, fabric.global_rank, fabric.world_size)
         torch.manual_seed(key(config.training.seed, "initial weights") >> 1)
         self.model = XTRA(config.model)
+
+    def open_train(self, objects: Mapping[str, Any]) -> Source:
+        """The training images."""
+        return open_train(self.config, objects)
+
+    def make_stream(self) -> Any:
+        """What is seen of them."""
+        data, seed = self.config.data, self.config.training.seed
+        crop, decoder = data.crop(self.config.model), chosen_decoder(data.decoder)
+        return TrainingStream(self.source, seed, crop, self.preprocessing, decoder=decoder)
 
     def data_record(self) -> dict[str, Any]:
         return described(self.source)
@@ -81,7 +87,7 @@ class Run(TrainingRun):
 
         return loss_of
 
-    def watch(self, folder: Path) -> Watch:
+    def watch(self, folder: Path) -> Look:
         return Watch(
             self.model, self.preprocessing, self.config.watch, self.source, self.val, folder,
             self.config.training.seed, self.say,
@@ -93,7 +99,7 @@ class Run(TrainingRun):
             return
         card = model_card(self.config, folder, self.source.description, self.plan)
         save_pretrained(folder / "exported", self.model, self.preprocessing.to_dict(), card)
-        draw_curves({folder.name: folder / "metrics.csv"}, folder / "figures" / "curves.png")
+        draw_curves_of(folder, self.say)
         self.say(f"run folder: {folder}")
         self.say(f"weights:    {folder / 'exported'}")
         self.say(f"pictures:   {folder / 'figures'}")
@@ -103,6 +109,8 @@ def open_train(config: PretrainConfig, objects: Mapping[str, Any]) -> Source:
     source = config.data.open("train", objects)
     if source is None:
         raise ConfigError("No images to train on. Give a folder, Parquet files or hf:NAME with --data.train PATH.")
+    if config.data.length:
+        raise ConfigError(f"data.length is for streams; {source.description} are counted. Leave it out.")
     return source
 
 

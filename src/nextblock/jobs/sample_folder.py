@@ -75,6 +75,7 @@ class SampleFolder:
             before = _read(file)
             changed = _differences(before, record)
             if not changed:
+                self.images.mkdir(exist_ok=True)
                 return
             if self.images.is_dir() and any(self.images.glob("[0-9]*.png")):
                 if not _grows(before, record):
@@ -87,8 +88,8 @@ class SampleFolder:
                 self._forget_pictures(before)
         else:
             claim_folder(self.path, "Choose another --out.")
+        write_text(file, to_json(dict(record)))  # first: a folder with anything else in it, and no record, is not ours
         self.images.mkdir(exist_ok=True)
-        write_text(file, to_json(dict(record)))
 
     def _forget_pictures(self, before: Mapping[str, Any]) -> None:
         """Remove what shows too few images, before the record tells of more: a kill in between leaves it to be drawn.

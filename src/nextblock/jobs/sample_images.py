@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from nextblock.data.latents import CroppedImages
 from nextblock.data.loading import evaluation_batches
 from nextblock.data.sources import Source
 from nextblock.data.stream import Batch
-from nextblock.errors import CheckpointError, DataError
+from nextblock.errors import CheckpointError, ConfigError, DataError
 from nextblock.evaluation.inference import inference
 from nextblock.jobs.sample_settings import SampleSettings
 from nextblock.xar.passes import FastPasses, Passes
@@ -22,6 +23,7 @@ from nextblock.xar.passes import FastPasses, Passes
 if TYPE_CHECKING:
     from nextblock.jobs.opening_generator import OpenedGenerator
 
+_COMPILERS = "Compiling needs a C++ compiler (such as g++), and Triton on CUDA. Leave out --compile."
 DECODED_AT_ONCE = 16  # images; decoding takes more memory than sampling
 
 Draw = Callable[..., Tensor]  # `xar.sampler.sample_latents`, or what stands in for it
@@ -57,7 +59,7 @@ class ImageMaker:
         bf16 = self.settings.precision == "bf16"
         if self.settings.compile and self.passes is None:
             self.passes = FastPasses(self.model, bf16=bf16)
-        with inference(self.model, bf16=bf16):
+        with inference(self.model, bf16=bf16), _compiling():
             latents = self.draw(
                 self.model, labels, count=len(numbers) if labels is None else None, indices=torch.tensor(numbers),
                 known=known, num_known=self.settings.known_entities, watch=watch,
@@ -109,3 +111,18 @@ class ImageMaker:
         if self.decoder.identity()["kind"] != "pixels" and height == width:
             return CroppedImages(known, preprocessing).load(indices)
         return next(evaluation_batches(known, preprocessing, batch_size=len(indices), indices=indices))
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Raise ConfigError for what torch's compiler cannot do on this machine."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        cause = getattr(error, "inner_exception", error)  # of the compiler behind torch's
+        first = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise ConfigError(f"the layers could not be compiled: {first}. {_COMPILERS}") from error

@@ -7,6 +7,7 @@ import hashlib
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from nextblock.jobs.sample_folder import SampleFolder
 from nextblock.jobs.sample_images import ImageMaker
 from nextblock.jobs.sample_pictures import Frames, draw_sheet
 from nextblock.jobs.sample_progress import SampleProgress
+from nextblock.jobs.share import Share, Units, array_share
 from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.run_folder import environment
-from nextblock.training.signals import StopRequest
+from nextblock.training.signals import StopRequest, requeue
 
 Todo = dict[int, list[int]]  # batch -> the numbers of the images missing in it
 
@@ -65,38 +67,64 @@ class SampleRun:
 
         Raises RunError when the folder holds something else, CheckpointError for images that are not finite.
         """
-        folder = SampleFolder(path, self.settings.n)
-        todo = self._begin(folder, animated)
+        folder, share = SampleFolder(path, self.settings.n), array_share()
+        # The processes of this launch know each other: one of them holds what is theirs.
+        with Units(folder.path, share) if self.fabric.is_global_zero else nullcontext() as units:
+            return self._make(folder, share, units, npz, animated)
+
+    def _make(self, folder: SampleFolder, share: Share, units: Units | None, npz: bool, animated: int) -> Sampled:
+        todo = self._begin(folder, share, units, animated)
         before = sum(map(len, todo.values()))
         quiet = self.console.quiet or not self.fabric.is_global_zero
-        progress = SampleProgress(folder.count, folder.count - before, None if quiet else self.console)
+        total = folder.count if share.whole else before
+        progress = SampleProgress(total, total - before, None if quiet else self.console)
         with StopRequest("this solver step is done") as stop, progress:
             left = self._rounds(folder, todo, animated, stop, progress)
         if left:
-            return self._stopped(folder, left, stop.received)
-        if self.fabric.is_global_zero:  # all have told that their images are written
-            self._finish(folder, npz, anew=before > 0)
-        return Sampled(folder.path, folder.count, finished=True)
+            return self._stopped(folder, stop.received)
+        there = folder.count
+        if units is not None:  # the first process: all have told that their images are written
+            there -= len(folder.missing()) if before or not share.whole else 0
+            if there < folder.count:
+                self._say(f"{share.told} is done: {there:,} of {folder.count:,} images are in {folder.path}, other "
+                          "processes make the others")  # fmt: skip
+            else:
+                with units.last() as got:
+                    if got:
+                        self._finish(folder, npz, anew=before > 0)
+        there = int(self.fabric.broadcast(there))
+        return Sampled(folder.path, there, finished=there == folder.count)
 
-    def _begin(self, folder: SampleFolder, animated: int) -> Todo:
+    def _begin(self, folder: SampleFolder, share: Share, units: Units | None, animated: int) -> Todo:
         """What is to be made, the same on every process: the first one looks."""
         problem: RunError | None = None
         todo: Todo = {}
-        if self.fabric.is_global_zero:
+        if units is not None:
             try:
-                folder.claim(self._record())
-                todo = {0: []} if animated and not folder.animation.exists() else {}
-                for number in folder.missing():
-                    todo.setdefault(number // self.settings.batch_size, []).append(number)
+                with units.alone():
+                    folder.claim(self._record())
+                todo = self._todo(folder, units, animated)
             except RunError as error:
                 problem = error
         on_first_process(self.fabric, problem)
         todo = self.fabric.broadcast(todo)
         missing = sum(map(len, todo.values()))
-        if not missing:
+        if not share.whole:
+            self._say(f"{share.told}: {missing:,} of {folder.count:,} images to make in {folder.path}")
+        elif not missing:
             self._say(f"{folder.path} holds all {folder.count:,} images; none is made again.")
         elif missing < folder.count:
             self._say(f"going on in {folder.path}: {folder.count - missing:,} of {folder.count:,} images are there.")
+        return todo
+
+    def _todo(self, folder: SampleFolder, units: Units, animated: int) -> Todo:
+        """What is missing of this process's share of the batches, and nobody else is at."""
+        size = self.settings.batch_size
+        mine = set(units.claim(range(-(-folder.count // size))))
+        todo: Todo = {0: []} if animated and 0 in mine and not folder.animation.exists() else {}
+        for number in folder.missing():
+            if number // size in mine:
+                todo.setdefault(number // size, []).append(number)
         return todo
 
     def _rounds(
@@ -125,7 +153,7 @@ class SampleRun:
             if problem := next((words for _, _, words in told if words), ""):
                 on_first_process(self.fabric, RunError(problem))
             left -= sum(count for count, _, _ in told)
-            progress.reached(folder.count - left)
+            progress.reached(progress.total - left)
             if left and any(number for _, number, _ in told):
                 break
         return left
@@ -172,14 +200,18 @@ class SampleRun:
             labels = self.settings.labels(range(self.settings.n))
             folder.write_npz(None if labels is None else labels.numpy())
             self._say(f"sample file: {folder.npz}")
+        for left_over in folder.images.glob(".*.partial"):  # of processes that were killed
+            left_over.unlink(missing_ok=True)
         if anew or not folder.finished:
             folder.finish(finished=time.strftime("%Y-%m-%d %H:%M:%S %z"))
             self._say(f"{folder.count:,} images and {folder.sheet.name} in {folder.path}")
 
-    def _stopped(self, folder: SampleFolder, left: int, received: int) -> Sampled:
-        there = folder.count - left
+    def _stopped(self, folder: SampleFolder, received: int) -> Sampled:
+        there = folder.count - len(folder.missing())
         self._say(f"stopped: {there:,} of {folder.count:,} images are there. For the others, the same command again,")
         self._say(f"  with --out {folder.path}")
+        if self.fabric.is_global_zero and (told := requeue(received)):
+            self._say(told)
         number = received or signal.SIGTERM if self.fabric.is_global_zero else 0
         return Sampled(folder.path, there, finished=False, signal=number)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from nextblock.checkpoints.model_card import as_text
 from nextblock.data.masks import MaskView
 from nextblock.errors import RunError
 from nextblock.evaluation.segmentation import Scores, always, ceiling, class_counts, confusions, predicted, scores
@@ -225,15 +226,15 @@ def _markdown(result: dict[str, Any]) -> str:
         return "" if value is None else f"{value:.2f}"
 
     def rows(lines: list[list[str]]) -> str:
-        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+        return "\n".join(f"| {' | '.join(as_text(cell) for cell in line)} |" for line in lines)
 
     heads = rows([list(COLUMNS), ["---"] * len(COLUMNS), *_lines(result)])
     each = [
         [row["name"], f"{row['share']:.2f}", percent(row["iou"]), percent(row["ceiling"])] for row in result["classes"]
     ]
     classes = rows([["class", "% of test pixels", "IoU %", "with every patch known"], ["---"] * 4, *each])
-    return f"# {result['dataset']}: segmentation, frozen encoder\n\n{heads}\n\n" + "\n\n".join(
-        [*_notes(result), classes, ""]
+    return f"# {as_text(result['dataset'])}: segmentation, frozen encoder\n\n{heads}\n\n" + "\n\n".join(
+        [*map(as_text, _notes(result)), classes, ""]
     )
 
 

@@ -23,8 +23,8 @@ AUTO = "auto"  # `resume`: continue the run in `out`, or begin it
 
 # What may differ when a run goes on: nothing that changes which numbers it computes.
 FREE_ON_RESUME = {
-    "data.train", "data.val", "data.workers", "data.max_bad_fraction", "training.per_device_batch", "training.device",
-    "training.devices", "training.nodes", "training.compile", "training.activation_checkpointing",
+    "data.train", "data.val", "data.workers", "data.timeout_s", "data.max_bad_fraction", "training.per_device_batch",
+    "training.device", "training.devices", "training.nodes", "training.compile", "training.activation_checkpointing",
     "training.checkpoint_every_steps", "training.checkpoint_every_minutes", "training.keep_checkpoints",
     "training.max_nonfinite_steps",
 }  # fmt: skip

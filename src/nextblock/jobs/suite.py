@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from nextblock.errors import ConfigError, DataError, NextblockError, RunError, n
 from nextblock.figures.suite import draw_suite
 from nextblock.jobs.output import say
 from nextblock.jobs.probe_report import Probed, read_result
+from nextblock.jobs.share import Units, array_share
 from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.run_folder import claim_folder, to_json, write_text
+from nextblock.training.signals import requeue
 
 SIGNATURE = "suite.json"
+RESULTS = "results.jsonl"
 HEAD_KEYS = ("lr", "weight_decay", "layers", "mean_per_class", "macro_f1")
 
 
@@ -65,17 +69,41 @@ def run_suite(
             f"None of the {len(names)} data sets of {suite} is in {data_root(root)}. `nextblock datasets` says how to "
             "get each; --data_root names their folder."
         )
+    with Units(folder, array_share()) if fabric.is_global_zero else nullcontext() as units:
+        mine = _begin(folder, signature, here, fabric, units)
+        say(console, f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}")
+        if len(mine) < len(here):
+            say(console, f"{array_share().told}: {', '.join(mine) or 'none'}")
+        rows, received = _run_each(suite, names, here, mine, folder, fabric, units, console, one)
+    _tell(console, folder, suite, rows)
+    return Suite(folder, rows, received)
+
+
+def _begin(
+    folder: Path, signature: Mapping[str, Any], here: Sequence[str], fabric: Fabric, units: Units | None
+) -> list[str]:  # fmt: skip
+    """Claim the folder; the data sets that this job is to probe, the same on every process of it."""
     problem: RunError | None = None
+    mine: list[str] = []
     try:
-        if fabric.is_global_zero:
-            _claim(folder, signature)
+        if units is not None:
+            with units.alone():
+                _claim(folder, signature)
+            mine = [here[number] for number in units.claim(range(len(here)))]
     except RunError as error:
         problem = error
     on_first_process(fabric, problem)
-    say(console, f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}")
+    return list(fabric.broadcast(mine))
+
+
+def _run_each(
+    suite: str, names: Sequence[str], here: Sequence[str], mine: Sequence[str], folder: Path, fabric: Fabric,
+    units: Units | None, console: Console, one: Callable[[str, Path, bool], Probed],
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """Probe the data sets `mine`. Returns the rows of all, and the signal that stopped it, or 0."""
     rows: list[dict[str, Any]] = []
     stopped = 0
-    for name in here:
+    for name in mine:
         console.print(f"\n{named(name).title}", style="bold", highlight=False)
         begun = bool(fabric.broadcast(fabric.is_global_zero and _begun(folder / name)))  # as the first process sees it
         try:
@@ -90,17 +118,38 @@ def run_suite(
             rows.append({"dataset": name, "status": "stopped"})
             break
         rows.append(row_of(name, folder / name))
-        if fabric.is_global_zero:
-            _write(folder, suite, rows)
-    told = {row["dataset"] for row in rows}
-    rows += [
-        {"dataset": name, "status": "not begun" if name in here else "missing"} for name in names if name not in told
-    ]
-    rows.sort(key=lambda row: names.index(row["dataset"]))
-    if fabric.is_global_zero:
+        if units is not None:
+            with units.alone():
+                _write(folder, suite, _all_rows(folder, names, here, mine, rows))
+    if units is None:
+        return _all_rows(folder, names, here, mine, rows), stopped
+    with units.alone():  # the last of several writes what all have found
+        rows = _all_rows(folder, names, here, mine, rows)
         _write(folder, suite, rows)
-    _tell(console, folder, suite, rows)
-    return Suite(folder, rows, stopped)
+    if told := requeue(stopped):
+        say(console, told)
+    return rows, stopped
+
+
+def _all_rows(
+    folder: Path, names: Sequence[str], here: Sequence[str], mine: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each data set: `rows` of those that are `mine`, what other processes have left of the others."""
+    own = {row["dataset"]: row for row in rows}
+    file = folder / RESULTS
+    before = {row["dataset"]: row for row in map(json.loads, file.read_text().splitlines())} if file.is_file() else {}
+
+    def row(name: str) -> dict[str, Any]:
+        if name in own:
+            return own[name]
+        if name in here and name not in mine:
+            if read_result(folder / name) is not None:
+                return row_of(name, folder / name)
+            if before.get(name, {}).get("status") in ("failed", "stopped"):
+                return dict(before[name])
+        return {"dataset": name, "status": "not begun" if name in here else "missing"}
+
+    return [row(name) for name in names]
 
 
 def row_of(name: str, folder: Path) -> dict[str, Any]:
@@ -150,7 +199,7 @@ def _begun(folder: Path) -> bool:
 
 def _write(folder: Path, suite: str, rows: Sequence[dict[str, Any]]) -> None:
     """results.jsonl, table.md and the picture, of what is known now."""
-    write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / "table.md", _markdown(suite, rows))
     done = [row for row in rows if row["status"] == "done"]
     if done:

@@ -65,7 +65,8 @@ class TrainingRun(ABC):
         columns: of metrics.csv.
         bad_option: what raises the share of broken images that a run bears.
         config: with the sections data, training and watch; a run that has others fills in `settings`.
-        stream: of the training data, see `data.stream.TrainingStream`.
+        stream: of the training data, see `data.stream.TrainingStream`; `load` raises DataError where a batch that is
+            gone cannot be read again.
         in_memory: the training data are a Python object, which no command line can name.
     """
 
@@ -138,6 +139,17 @@ class TrainingRun(ABC):
         """What a checkpoint holds of it."""
         return {}
 
+    def batches(self, start: int) -> Iterator[Any]:
+        """This process's forward passes from step `start` on; asked for after `start_extras`."""
+        return training_batches(
+            self.stream, self.plan.batches(start), workers=self.workers(),
+            pin_memory=self.fabric.device.type == "cuda", timeout_s=self.settings().timeout_s,
+        )  # fmt: skip
+
+    def measured(self, positions: Sequence[int]) -> Any:
+        """A batch of so many samples, to measure a forward pass with."""
+        return self.stream.load(positions)
+
     def updater(self) -> Update | None:
         """How a step is taken, where it is not the usual one."""
         return None
@@ -154,13 +166,14 @@ class TrainingRun(ABC):
         Asked before the folder is claimed, so that a run that is refused leaves none.
         """
         problem: RunError | None = None
-        # Compiled layers may keep less than they keep here; what might fit is never refused.
+        # Compiled and checkpointed layers may keep less than they keep here; what might fit is never refused.
         training = self.settings().training
-        if self.fabric.is_global_zero and not training.compile:
+        keeps_all = not training.compile and training.activation_checkpointing == "none"
+        if self.fabric.is_global_zero and keeps_all:
             averaged = bool(getattr(training, "ema_decay", 0))
             try:
                 require_room_for(
-                    self.fabric, self.model, self.loss(), self.stream.load, self.plan, averaged=averaged
+                    self.fabric, self.model, self.loss(), self.measured, self.plan, averaged=averaged
                 )  # fmt: skip
             except RunError as error:
                 problem = error
@@ -228,7 +241,7 @@ class TrainingRun(ABC):
                 write_text(folder / "config.yaml", self.configuration())
         with self._endings(folder), StopRequest() as stop, progress:
             done = train(
-                fabric, model, optimizer, self._batches(start), self.loss(), plan, self._intervals(), recorder,
+                fabric, model, optimizer, self.batches(start), self.loss(), plan, self._intervals(), recorder,
                 start_step=start, meters=meters, stop_asked=stop, update=self.updater(), extra_state=self.extra_state,
                 evaluate=watch if fabric.is_global_zero else lambda done: {},
             )  # fmt: skip
@@ -279,12 +292,6 @@ class TrainingRun(ABC):
             self.say(told)
         number = received or signal.SIGTERM if self.fabric.is_global_zero else 0
         return Trained(folder, done, finished=False, signal=number)
-
-    def _batches(self, start: int) -> Iterator[Any]:
-        return training_batches(
-            self.stream, self.plan.batches(start), workers=self.workers(),
-            pin_memory=self.fabric.device.type == "cuda", timeout_s=self.settings().timeout_s,
-        )  # fmt: skip
 
     def workers(self) -> int:
         """Loading processes of this process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from nextblock.evaluation.inference import device_of, inference
 from nextblock.evaluation.knn import knn_accuracy
 from nextblock.evaluation.rank import effective_rank
 from nextblock.evaluation.reconstruction import reconstruct
+from nextblock.figures.curves import draw_curves
 from nextblock.figures.reconstruction import draw_contact_sheet
 from nextblock.jobs.classes import in_classes_of
 from nextblock.randomness import permutation
@@ -33,7 +34,7 @@ class Watch:
     """Call it with the number of steps done; it returns columns for metrics.csv and writes pictures.
 
     kNN uses the training images as its bank when they are labelled with the classes of `val`, else every second
-    image of `val` for the others. What cannot be measured is told once and left out: looking never ends a run.
+    image of `val` for the others. What cannot be measured or drawn is told once and left out: looking never ends a run.
     """
 
     def __init__(
@@ -69,17 +70,19 @@ class Watch:
                 features = self._features(self.train, self.train_indices[:RANK_IMAGES])
                 row["effective_rank"] = effective_rank(features.values)
         if self.pictured:
-            self._picture(done)
+            with self._told("drawn"):
+                self._picture(done)
         return row
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, what: str = "measured") -> Iterator[None]:
         try:
             yield
-        except DataError as error:
-            if str(error) not in self.told:
-                self.say(f"not measured while training: {error}")
-                self.told.add(str(error))
+        except (DataError, OSError) as error:  # OSError: a picture for which there is no room
+            why = str(error) if isinstance(error, DataError) else error.strerror or str(error)
+            if why not in self.told:
+                self.say(f"not {what} while training: {why}")
+                self.told.add(why)
 
     def _features(self, source: Source, indices: list[int]) -> Features:
         batches = evaluation_batches(source, self.preprocessing, batch_size=BATCH, indices=indices)
@@ -120,6 +123,17 @@ class Watch:
 
     def _input(self, images: Tensor) -> Tensor:
         return normalize(images, None, self.preprocessing)
+
+
+def draw_curves_of(run: Path, say: Callable[[str], None]) -> None:
+    """The curves of a finished run, from its metrics.csv. What cannot be drawn is told: the weights are there."""
+    path = run / "figures" / "curves.png"
+    try:
+        draw_curves({run.name: run / "metrics.csv"}, path)
+    except (DataError, OSError) as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # half a picture
+        say(f"{path} is not drawn: {getattr(error, 'strerror', None) or error}")
 
 
 def _share_classes(a: Source, b: Source) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -16,8 +16,10 @@ from nextblock.data.augment import CropConfig
 from nextblock.data.named import is_named
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import Source, open_source
+from nextblock.data.sources.streamed import StreamedImages, is_stream, open_streamed
 from nextblock.errors import ConfigError, in_plain_words, nearest
 from nextblock.training.config import TrainingConfig
+from nextblock.training.run_folder import NO_YAML
 from nextblock.xtra.config import PRESETS, XTRAConfig
 
 Config = TypeVar("Config")
@@ -78,6 +80,10 @@ class DataConfig(SourceConfig):
     """Which images, and how they become crops. `val` is to be labelled where kNN shall be watched.
 
     Attributes:
+        train: a folder of images, Parquet file(s), tar shards, `hf:NAME` (a Hugging Face data set), `hf-stream:NAME` or
+            `hf-stream:parquet:PATTERN` (read while it comes, with `length`); in Python also arrays, a
+            `datasets.IterableDataset`, or any object with `__len__` and `__getitem__`.
+        length: images in an epoch of a stream, which cannot be counted; 0 for all others, which are.
         crop_ratio: width / height of a training crop, (least, most).
         resize_px: shorter side before the centre crop of evaluation; 0 = 8/7 of the image size.
         mean: per channel, of pixels in 0..1; ImageNet's when left out.
@@ -88,6 +94,20 @@ class DataConfig(SourceConfig):
     resize_px: int = 0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            raise ConfigError(f"data.length must be 0 or more; got {self.length!r}.")
+
+    def is_streamed(self, objects: Mapping[str, Any]) -> bool:
+        """Whether the training images are a stream, for `open_stream`, and no source."""
+        return is_stream(objects.get("train", self.train))
+
+    def open_stream(self, objects: Mapping[str, Any]) -> StreamedImages:
+        """The stream of `train`: a Python object where `objects` has one."""
+        spec, split = objects.get("train", self.train), self.train_split
+        return open_streamed(spec, split=split, image_column=self.image_column, label_column=self.label_column)
 
     def preprocessing(self, model: XTRAConfig) -> Preprocessing:
         """How an image becomes an input of this model."""
@@ -201,7 +221,7 @@ def read_recipe(name_or_file: str | Path, kind: Kind[Any] = PRETRAIN) -> dict[st
     text = _recipe_text(name_or_file, kind)
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except NO_YAML as error:
         raise ConfigError(f"{name_or_file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
         raise ConfigError(f"{name_or_file} is not a recipe: it must hold the sections {', '.join(kind.sections)}.")
@@ -292,6 +312,7 @@ def typed_section(name: str, values: Mapping[str, Any], sections: Mapping[str, t
 def _instantiated(sections: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
 
+    _require_values(sections, values)
     parser = ArgumentParser(exit_on_error=False)
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
@@ -305,6 +326,15 @@ def _instantiated(sections: Mapping[str, type], values: Mapping[str, Any]) -> di
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(str(cause) if cause else in_plain_words(str(error))) from error
     return {section: getattr(made, section) for section in sections}
+
+
+def _require_values(sections: Mapping[str, type], values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that is left empty and may not be: the parser takes None for any type."""
+    for section, content in values.items():
+        hints = get_type_hints(sections[section])
+        for name, value in content.items():
+            if value is None and type(None) not in get_args(hints[name]):
+                raise ConfigError(f"{section}.{name} has no value. Give one, or leave the key out.")
 
 
 def to_values(config: Any) -> dict[str, Any]:

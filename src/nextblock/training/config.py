@@ -9,6 +9,10 @@ from typing import Literal
 from nextblock.errors import ConfigError, nearest
 
 CHECKPOINTING = ("none", "selective", "full")
+CHOICES = {
+    "lr_scaling": ("sqrt", "linear", "none"), "precision": ("auto", "fp32", "bf16"),
+    "activation_checkpointing": CHECKPOINTING, "device": ("auto", "cpu", "cuda"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,22 @@ class TrainingConfig:
             "log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes",
         )  # fmt: skip
         for name in above:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"training.{name} must be above 0; got {getattr(self, name)!r}.")
         for name in zero_or_more:
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"training.{name} must be 0 or more; got {getattr(self, name)!r}.")
         for name in ("warmup_start", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"training.{name} is a fraction of lr, from 0 to 1; got {getattr(self, name)!r}.")
-        if self.activation_checkpointing not in CHECKPOINTING:
-            raise ConfigError(
-                f"training.activation_checkpointing must be {', '.join(CHECKPOINTING)}; got "
-                f"{self.activation_checkpointing!r}.{nearest(self.activation_checkpointing, CHECKPOINTING)}"
-            )
+        for name, known in CHOICES.items():
+            if (given := getattr(self, name)) not in known:
+                hint = nearest(str(given), known)
+                raise ConfigError(f"training.{name} must be {', '.join(known)}; got {given!r}.{hint}")
         if not 0 <= self.decay_from <= 1:
             raise ConfigError(f"training.decay_from is a fraction of the run, from 0 to 1; got {self.decay_from!r}.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"training.betas must lie in [0, 1); got {self.betas!r}.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"training.betas must be two numbers in [0, 1); got {self.betas!r}.")
 
     @property
     def peak_lr(self) -> float:

@@ -99,7 +99,7 @@ def xar_sampling_flops(config: XARConfig, steps: int, guided: Sequence[bool]) ->
     """What sampling one image costs with a solver of one evaluation a step, as `xar.passes` does it.
 
     A finished entity is read once more, for its keys and values. What class and time make of the layers is counted once
-    for a time.
+    for a time: where it is not kept (see `xar.passes`), more is computed than is counted.
 
     Args:
         steps: of the solver, for each entity.

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nextblock.errors import shown
+
 QUIET_SECONDS = 15.0
 
 
@@ -67,7 +69,7 @@ class TrainingProgress:
     def note(self, message: str) -> None:
         """A sentence that must not be lost, above the bar."""
         if not self.quiet:
-            self.console.print(message, highlight=False, markup=False)
+            self.console.print(shown(message, 2000), highlight=False, markup=False)
 
 
 def _numbers(row: dict[str, float]) -> str:

@@ -42,6 +42,8 @@ COLUMNS = (
     "step", "samples", "epoch", "loss", "lr", "grad_norm", "images_per_s", "skipped", "bad_samples",
     "val_loss", "knn", "effective_rank",
 )  # fmt: skip
+# What PyYAML raises for a text that is none; of the last ones, for a tag before a value that it does not fit.
+NO_YAML = (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError)
 SAVES_TRIED = 3  # in a row, before a run ends that cannot be saved
 _PACKAGES = ("nextblock", "torch", "lightning", "numpy", "pillow", "datasets", "safetensors", "scikit-learn",
              "simplejpeg")  # fmt: skip
@@ -131,7 +133,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} {what}.{advice}")
     try:
         values = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, *NO_YAML) as error:
         raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(values, dict):
         raise RunError(f"{file} holds no sections of values, so {path} is not a run folder.")

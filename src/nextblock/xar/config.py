@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from nextblock.ordering import RESIZES, AnyOrdering, Ordering, Pair, ScalePyrami
 
 ENTITIES = ("patches", "cells", "subsamples", "scales", "whole")
 CONTEXTS = ("random", "clean", "increasing", "decreasing")
+_MOST_TRIED = 10_000  # numbers that are looked through for an advice
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class XARConfig:
         object.__setattr__(self, "scales", tuple(tuple(s) if isinstance(s, list) else s for s in self.scales))
         for name in ("latent_channels", "width", "depth", "num_heads"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "above 0")
+        _require(0 < self.mlp_ratio < math.inf, "mlp_ratio", self.mlp_ratio, "above 0")
         _require(self.num_classes >= 0, "num_classes", self.num_classes, "0 (unconditional) or more")
         for name in ("dropout", "attention_dropout", "label_dropout"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
@@ -89,7 +91,11 @@ class XARConfig:
 
     def _check_heads(self) -> None:
         if self.width % self.num_heads or self.width // self.num_heads % 4:
-            fits = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h % 4 == 0]
+            fits = [
+                h
+                for h in range(1, min(self.width, _MOST_TRIED) + 1)
+                if self.width % h == 0 and self.width // h % 4 == 0
+            ]
             close = ", ".join(map(str, sorted(sorted(fits, key=lambda h: abs(h - self.num_heads))[:3])))
             advice = f"nearest num_heads that do: {close}" if close else "none does: take a width divisible by 4"
             raise ConfigError(
@@ -100,7 +106,7 @@ class XARConfig:
     def _check_grid(self) -> None:
         latent, patch = self.latent, self.patch
         if latent[0] % patch[0] or latent[1] % patch[1]:
-            fits = [p for p in range(1, min(latent) + 1) if latent[0] % p == 0 and latent[1] % p == 0]
+            fits = [p for p in range(1, min(*latent, _MOST_TRIED) + 1) if latent[0] % p == 0 and latent[1] % p == 0]
             raise ConfigError(
                 f"latent_size {self.latent_size} is not a multiple of patch_size {self.patch_size}; "
                 f"patch sizes that divide it: {', '.join(map(str, fits))}."

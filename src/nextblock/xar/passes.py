@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextblock.errors import ConfigError
 from nextblock.layers.attention import KVCache
 from nextblock.xar.layers import GatedMLP, XARLayer
 from nextblock.xar.model import XAR
@@ -113,32 +114,46 @@ class _Recorded:
     out: Tensor | None
 
 
-def cuda_graph(run: Run) -> tuple[Callable[[], None], Tensor | None]:
-    """Record what `run` does on the device: a function that does it again, and the tensor that it fills."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, and lets libraries make their work space
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph.replay, out
+class CudaGraphs:
+    """Records passes on one CUDA device. Replays follow each other, so all share one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run) -> tuple[Callable[[], None], Tensor | None]:
+        """What `run` does, as a function that does it again, and the tensor that it fills."""
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # compiles, and lets libraries make their work space
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=side):
+                out = run()
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay, out
 
 
 class FastPasses(Passes):
     """Passes by compiled layers; on CUDA every shape is recorded once as a graph and replayed.
 
     Make one and hand it to every `sample_latents` of a model: compiling takes some seconds to a minute, once. It works
-    on a copy of the model with its present weights.
+    on a copy of the model with its present weights, and raises RuntimeError when those have changed since.
 
     Args:
         model: the model that is sampled from.
         bf16: the weights of the copy's linear maps are bfloat16, and it runs under autocast: the same numbers as a
             float32 model under autocast, without rounding every weight anew in every recorded pass.
         backend: of torch.compile.
-        record: how a pass is recorded; None = not. By default `cuda_graph` on CUDA, else not.
+        record: how a pass is recorded; None = not. By default `CudaGraphs` on CUDA, else not.
+
+    Raises ConfigError for a model whose layers compute their activations again (`activation_checkpointing`).
     """
 
     def __init__(
@@ -149,11 +164,13 @@ class FastPasses(Passes):
         backend: str = "inductor",
         record: Record | str | None = "auto",
     ) -> None:
+        if any("forward" in vars(layer) for layer in model.layers):  # it would run the original's weights
+            raise ConfigError("layers with activation_checkpointing cannot be compiled for sampling.")
         super().__init__(copy.deepcopy(model).eval().requires_grad_(False))
-        self.made_for, self.bf16 = model, bf16
+        self.made_for, self.bf16, self._weights = model, bf16, _versions(model)
         self.device = model.position1.device
         if isinstance(record, str):
-            record = cuda_graph if self.device.type == "cuda" else None
+            record = CudaGraphs(self.device) if self.device.type == "cuda" else None
         self._record = record
         self._recorded: dict[tuple[int, int, bool], _Recorded] = {}
         self._cache_rows = 0
@@ -168,6 +185,8 @@ class FastPasses(Passes):
 
     def _begin_cache(self, rows: int) -> None:
         """The room is kept from run to run, as recorded passes write into it, unless more is needed."""
+        if self._weights != _versions(self.made_for):
+            raise RuntimeError("the model's weights have changed since these passes were made. Make new ones.")
         if rows > self._cache_rows:
             self.cache = KVCache(self.model.config.depth, self.model.ordering.num_tokens, rows)
             self._cache_rows = rows
@@ -193,7 +212,8 @@ class FastPasses(Passes):
             return None if made.out is None else made.out.clone()
 
     def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        # whatever the caller's: what is recorded and kept is of one precision
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _recording(self, entity: int, x: Tensor, remember: bool) -> _Recorded:
         assert self._record
@@ -203,13 +223,18 @@ class FastPasses(Passes):
         return _Recorded(static, times, labels, replay, out)
 
 
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Where each weight lies, and how often it was written."""
+    return [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+
+
 class _Joined(nn.Module):
     """A `GatedMLP` without dropout whose gate and value come out of one product: larger ones are faster."""
 
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
         parts = (mlp.gate, mlp.value)
-        self.both = nn.Linear(mlp.gate.in_features, 2 * mlp.gate.out_features)
+        self.both = nn.Linear(mlp.gate.in_features, 2 * mlp.gate.out_features, device="meta")
         self.both.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
         self.both.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
         self.out = mlp.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class XTRAConfig:
             object.__setattr__(self, name, value[0] if value[0] == value[1] else value)
         for name in ("channels", "width", "depth", "num_heads", "num_lookahead"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "above 0")
+        _require(0 < self.mlp_ratio < math.inf, "mlp_ratio", self.mlp_ratio, "above 0")
         _require(self.predictor_depth >= 0, "predictor_depth", self.predictor_depth, "0 or more")
         _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "at least 0 and below 1")
         _require(self.pixel_loss in ("l2", "l1"), "pixel_loss", self.pixel_loss, "'l2' or 'l1'")
@@ -212,9 +213,12 @@ def _require(good: bool, name: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{name} must be {wanted}; got {value!r}.")
 
 
+_MOST_HEADS = 10_000  # that are looked through for an advice
+
+
 def _check_heads(heads_name: str, heads: int, width_name: str, width: int) -> None:
     if heads < 1 or width % heads:
-        fits = [h for h in range(1, width + 1) if width % h == 0]
+        fits = [h for h in range(1, min(width, _MOST_HEADS) + 1) if width % h == 0]
         close = sorted(sorted(fits, key=lambda h: abs(h - heads))[:3])
         raise ConfigError(
             f"{width_name} {width} is not divisible by {heads_name} {heads}; nearest that fit: "

@@ -1,8 +1,8 @@
 """A folder of posterior moments, to train a generator on: `latents.json` and a few large shards.
 
-What was read is checked: when the cache is opened, the size of all shards and the CRC-32 of all in them but the
-moments (labels, names); the CRC-32 of each image's moments whenever they are read (microseconds); and the SHA-256 of
-whole shards when asked (`LatentCache.verify`).
+What was read is checked: when the cache is opened, the hash of latents.json, the size of all shards and the CRC-32 of
+all in them but the moments (labels, names); the CRC-32 of each image's moments whenever they are read (microseconds);
+and the SHA-256 of whole shards when asked (`LatentCache.verify`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from nextblock.data.latents.shards import Shard, ShardRecord
 from nextblock.data.preprocess import Preprocessing
+from nextblock.durable import write_whole as write_whole  # for those who write beside it
 from nextblock.errors import DataError, nearest
 
 FORMAT = 2  # 1 had no check of labels and names
 ABOUT = "latents.json"
+HASH = "sha256"  # of all else that latents.json says
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class About:
         """Write latents.json whole or not at all."""
         values = {"format": FORMAT, "preprocessing_sha256": digest({"crop": self.crop, **self.preprocessing})}
         values |= dataclasses.asdict(self)
+        values[HASH] = digest(json.loads(json.dumps(values)))
         write_whole(folder / ABOUT, (json.dumps(values, indent=1) + "\n").encode())
 
     @classmethod
@@ -87,6 +90,7 @@ class About:
                     f"{folder} is a latent cache of format {values['format']}; this version reads {FORMAT}. "
                     "Make it anew with nextblock cache-latents."
                 )
+            _require_unchanged(values)
             shards = {int(number): ShardRecord.from_dict(record) for number, record in values["shards"].items()}
             known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
             return cls(**known | {"shape": tuple(values["shape"]), "shards": shards})
@@ -94,24 +98,17 @@ class About:
             raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file beside, flush it to disk, rename it; then flush the folder."""
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def digest(values: Any) -> str:
     """SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _require_unchanged(values: dict[str, Any]) -> None:
+    """Raise ValueError when they are not what was written. Caches of before there was a hash have none."""
+    said = {name: value for name, value in values.items() if name != HASH}
+    names = {"format", "preprocessing_sha256", *(field.name for field in dataclasses.fields(About))}
+    if values.get(HASH, digest(said)) != digest(said) or not set(said) <= names:
+        raise ValueError("it is not what was written")
 
 
 def is_latent_cache(path: str | os.PathLike[str]) -> bool:

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,8 @@ class Maker:
     loaded and encoded together, of which a shard has whole ones and a rest; it changes the moments by rounding only.
     workers: loading processes. max_bad: so many images may be broken; they are left out. timeout_s: longest wait for a
     sample. on_images: called with the number of images just done, for a progress bar. on_shard: called when a shard is
-    recorded. stop_asked: looked at before each batch.
+    recorded. stop_asked: looked at before each batch. numbers: of the shards to make; None: all. alone: held while
+    latents.json is read and written, where other processes make other shards of the cache.
     """
 
     folder: Path
@@ -54,14 +55,17 @@ class Maker:
     on_images: Callable[[int], None] = lambda count: None
     on_shard: Callable[[About], None] = lambda about: None
     stop_asked: Callable[[], bool] = lambda: False
+    numbers: Sequence[int] | None = None
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def make(self, about: About) -> About:
         """Make the shards that `about` lacks, and record each in latents.json as soon as it is whole.
 
-        Returns the finished `about`. Raises DataError when too many images are broken, labels are outside the classes,
-        moments are not finite, or the disk refuses; KeyboardInterrupt when a stop is asked for.
+        Returns what is there then, finished where no shard is lacking. Raises DataError when too many images are
+        broken, labels are outside the classes, moments are not finite, or the disk refuses; KeyboardInterrupt when a
+        stop is asked for.
         """
-        todo = [number for number in range(about.shard_count) if number not in about.shards]
+        todo = lacking(about, self.numbers)
         plan = (part for number in todo for part in _parts(about, number, self.batch_size))
         view: Any = CroppedImages(self.source, Preprocessing.from_dict(about.preprocessing))
         on_gpu = next(self.vae.parameters()).is_cuda
@@ -71,15 +75,22 @@ class Maker:
         loader: Any = training_batches(view, plan, workers=self.workers, pin_memory=on_gpu, timeout_s=self.timeout_s)
         with closing(loader) as batches:
             for number in todo:
-                record = self._shard(about, number, batches)
-                about = with_shards(about, about.shards | {number: record})
-                _write_bad_samples(self.folder, about.shards, [])
-                about.write(self.folder)
+                about = self._recorded(about, {number: self._shard(about, number, batches)})
                 self.on_shard(about)
-        if not any(record.images for record in about.shards.values()):
-            raise DataError(f"none of the images can be decoded: see {self.folder / BAD_SAMPLES}.")
-        about = dataclasses.replace(about, finished=True)
-        about.write(self.folder)
+        return self._recorded(about, {})
+
+    def _recorded(self, about: About, made: dict[int, ShardRecord]) -> About:
+        """What is there with what was `made`, in latents.json: finished where it is all."""
+        with self.alone():
+            there = About.read(self.folder)  # others may have added to it
+            about = dataclasses.replace(with_shards(there, there.shards | made), asked=about.asked)
+            whole = not made and len(about.shards) == about.shard_count
+            if whole and not any(record.images for record in about.shards.values()):
+                raise DataError(f"none of the images can be decoded: see {self.folder / BAD_SAMPLES}.")
+            if made or whole:
+                _write_bad_samples(self.folder, about.shards, [])
+                about = dataclasses.replace(about, finished=whole)
+                about.write(self.folder)
         return about
 
     def _shard(self, about: About, number: int, batches: Iterator[Batch]) -> ShardRecord:
@@ -119,6 +130,13 @@ class Maker:
                 f"{count} images cannot be decoded, more than the {self.max_bad} allowed. They are listed in "
                 f"{self.folder / BAD_SAMPLES}. Mend or remove them, or raise max_bad_fraction."
             )
+
+
+def lacking(about: About, numbers: Sequence[int] | None = None) -> list[int]:
+    """Those of the shards `numbers`, by default of all, that are to be made."""
+    return [
+        number for number in (range(about.shard_count) if numbers is None else numbers) if number not in about.shards
+    ]
 
 
 def with_shards(about: About, shards: dict[int, ShardRecord]) -> About:

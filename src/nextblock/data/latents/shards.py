@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from nextblock.data.stream import BadSample
+from nextblock.durable import flush_file, give_name
 from nextblock.errors import DataError
 
 DTYPES: dict[str, tuple[str, type[np.generic]]] = {
@@ -80,13 +81,12 @@ def write_shard(
         mode = beside.stat().st_mode  # as the umask has it; safetensors lets nobody but the owner read
         save_file(arrays, beside)
         beside.chmod(mode)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
+        flush_file(beside)
         record = ShardRecord(
             file=final.name, images=len(labels), bytes=beside.stat().st_size, sha256=file_sha256(beside),
             facts_crc32=_facts_crc32(*_mapped(beside)), bad=tuple(bad),
         )  # fmt: skip
-        beside.replace(final)
+        give_name(beside, final)
     finally:
         beside.unlink(missing_ok=True)
     return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from nextblock.errors import DataError
 
 FORMAT = 1
 ABOUT = "prepared.json"
+HASH = "sha256"  # of all else that prepared.json says
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class About:
         return dataclasses.replace(self, cuts=cuts, shards=dict(sorted(shards.items())), index=None)
 
     def to_json(self) -> bytes:
-        return (json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n").encode()
+        values = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        return (json.dumps(values | {HASH: _digest(values)}, indent=1) + "\n").encode()
 
     @classmethod
     def read(cls, folder: Path) -> About:
@@ -98,6 +101,7 @@ class About:
                     f"{folder} holds prepared images of format {values['format']}; this version reads {FORMAT}. "
                     "Make them anew with nextblock prepare."
                 )
+            _require_unchanged(values)
             known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
             return cls(**known | {
                 "encoding": Encoding(**values["encoding"]),
@@ -108,6 +112,19 @@ class About:
             })  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def _require_unchanged(values: dict[str, Any]) -> None:
+    """Raise ValueError when they are not what was written. What was made before there was a hash has none."""
+    said = {name: value for name, value in values.items() if name != HASH}
+    names = {"format", *(field.name for field in dataclasses.fields(About))}
+    if values.get(HASH, _digest(said)) != _digest(said) or not set(said) <= names:
+        raise ValueError("it is not what was written")
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:

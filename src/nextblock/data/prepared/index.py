@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nextblock.data.prepared.shards import Facts, ShardRecord, damaged, read_facts, split_facts
+from nextblock.durable import give_name
 
 INDEX = "index.bin"
 
@@ -40,7 +41,7 @@ def write_index(folder: Path, shards: list[ShardRecord]) -> IndexRecord:
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
-        beside.replace(folder / INDEX)
+        give_name(beside, folder / INDEX)
     finally:
         beside.unlink(missing_ok=True)
     return IndexRecord(sum(record.images for record in shards), size, check)

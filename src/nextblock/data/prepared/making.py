@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from nextblock.data.loading import TIMEOUT_S, training_batches
 from nextblock.data.prepared.about import ABOUT, About
 from nextblock.data.prepared.encoding import Encoding, encode, original_bytes
 from nextblock.data.prepared.index import write_index
+from nextblock.data.prepared.pieces import Image, read_images, remove_pieces, write_piece
 from nextblock.data.prepared.shards import ShardRecord, ShardWriter
 from nextblock.data.sources import Source
 from nextblock.data.stream import BadSample
@@ -28,18 +28,6 @@ from nextblock.errors import DataError, SampleError
 BAD_SAMPLES = "bad_samples.csv"
 _TOGETHER = 16  # images that a worker hands over at once
 _LABELS = np.iinfo(np.int32)
-
-
-class Image(NamedTuple):
-    """An image on its way to a shard: position, name and label (-1: none) in the source, what is stored and as what,
-    and its bytes there."""
-
-    position: int
-    name: str
-    label: int
-    content: bytes
-    kind: str
-    original_bytes: int
 
 
 class EncodedImages:
@@ -83,24 +71,60 @@ class Maker:
     on_shard: Callable[[About], None] = lambda about: None
     stop_asked: Callable[[], bool] = lambda: False
 
-    def make(self, about: About) -> About:
+    def make(self, about: About, *, of_pieces: bool = False) -> About:
         """Make the shards that `about` lacks, and record each in prepared.json as soon as it is whole; then the index.
+
+        of_pieces: the images that were never in a shard are taken from pieces, which go.
 
         Returns the finished `about`. Raises DataError when too many images are broken, labels are outside the classes,
         or the disk refuses; KeyboardInterrupt when a stop is asked for.
         """
         done = about.cuts[-1] if about.cuts else 0
-        todo = [*(range(start, stop) for _, start, stop in about.lacking()), range(done, about.count)]
-        plan = (part[i : i + _TOGETHER] for part in todo for i in range(0, len(part), _TOGETHER))
+        todo = [range(start, stop) for _, start, stop in about.lacking()]
+        if not of_pieces:
+            todo.append(range(done, about.count))
+        with closing(self._encoded(about, todo)) as images:
+            for number, _, stop in about.lacking():
+                about = self._recorded(about, number, images, stop)
+            rest = self._of_pieces(about, done) if of_pieces else images
+            while about.count > (about.cuts[-1] if about.cuts else 0):
+                about = self._recorded(about, len(about.cuts), rest, None)
+                if of_pieces:
+                    remove_pieces(self.folder, before=about.cuts[-1])
+        return self._finished(about)
+
+    def make_pieces(self, about: About, pieces: Sequence[range]) -> None:
+        """Make these pieces. Raises what `make` raises, where one of them shows it."""
+        bad: list[tuple[str, str, int]] = []
+        with closing(self._encoded(about, pieces)) as images:
+            for piece in pieces:
+                with self._writing():
+                    write_piece(self.folder, piece, self._checked(about, islice(images, len(piece)), bad))
+
+    def _encoded(self, about: About, ranges: Sequence[range]) -> Generator[Image | BadSample, None, None]:
+        """The images at these positions, encoded by the workers."""
+        plan = (part[i : i + _TOGETHER] for part in ranges for i in range(0, len(part), _TOGETHER))
         view = EncodedImages(self.source, about.encoding)
         loader = training_batches(view, plan, workers=self.workers, timeout_s=self.timeout_s)
         with closing(loader) as batches:  # type: ignore[type-var]  # a generator, said to be an iterator
-            images = self._one_by_one(batches)
-            for number, _, stop in about.lacking():
-                about = self._recorded(about, number, images, stop)
-            while about.count > (about.cuts[-1] if about.cuts else 0):
-                about = self._recorded(about, len(about.cuts), images, None)
-        return self._finished(about)
+            yield from self._one_by_one(batches)
+
+    def _of_pieces(self, about: About, first: int) -> Iterator[Image | BadSample]:
+        for image in read_images(self.folder, about.count, first):
+            if self.stop_asked():
+                raise KeyboardInterrupt
+            yield image
+
+    def _checked(
+        self, about: About, images: Iterator[Image | BadSample], bad: list[tuple[str, str, int]]
+    ) -> Iterator[Image | BadSample]:  # fmt: skip
+        for image in images:
+            if isinstance(image, BadSample):
+                bad.append((image.name, image.reason, image.position))
+                self._require_few(about, bad)
+            else:
+                _require_known(image, about.classes)
+            yield image
 
     def _one_by_one(self, batches: Iterator[list[Image | BadSample]]) -> Iterator[Image | BadSample]:
         for batch in batches:

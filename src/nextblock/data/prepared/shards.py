@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nextblock.durable import give_name
 from nextblock.errors import DataError
 
 # where in the shard's contents an image begins, its bytes, their CRC-32, and its label (-1: none)
@@ -156,7 +157,7 @@ class ShardWriter:
             sha256=self._sha256.hexdigest(), original_bytes=self._original_bytes,
             kinds=dict(sorted(self._kinds.items())), bad=tuple(bad),
         )  # fmt: skip
-        self._beside.replace(self._final)
+        give_name(self._beside, self._final)
         return record
 
     def _write(self, content: bytes) -> None:

@@ -123,24 +123,24 @@ class PreparedImages:
 
     def _read(self, number: int, offset: int, length: int) -> bytes:
         """Tried again (after 0.5, 1, 2 seconds) when the storage hiccups."""
-        path = self.folder / self._shards[number].file
         for attempt in range(_ATTEMPTS):
             try:
-                return os.pread(self._file(number, path).descriptor, length, offset)
+                return os.pread(self._file(number).descriptor, length, offset)
             except OSError as error:
                 self._files.pop(number, None)
                 if is_transient(error) and attempt + 1 < _ATTEMPTS:
                     time.sleep(0.5 * 2**attempt)
                     continue
+                path = self.folder / self._shards[number].file
                 raise DataError(
                     f"read error on {path}: {error.strerror}. Check the disk or the network file system, then resume."
                 ) from error
         raise AssertionError("not reached")
 
-    def _file(self, number: int, path: Path) -> _OpenFile:
+    def _file(self, number: int) -> _OpenFile:
         found = self._files.get(number)
         if found is None:
-            found = self._files[number] = _OpenFile(path)
+            found = self._files[number] = _OpenFile(self.folder / self._shards[number].file)
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
         return found

@@ -7,6 +7,7 @@ touch reference counts.
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections import Counter
@@ -112,12 +113,17 @@ class _Scan:
             for entry in entries:
                 if entry.name.startswith(b"."):
                     self.ignored["hidden"] += 1
-                elif entry.is_dir():
-                    found.append(entry.name + b"/")
-                elif entry.is_file():
-                    found.append(entry.name)
-                else:
+                    continue
+                try:
+                    kind = b"/" if entry.is_dir() else b"" if entry.is_file() else None
+                except OSError as error:
+                    if error.errno != errno.ELOOP:  # a link that leads to itself is a broken one
+                        raise
+                    kind = None
+                if kind is None:
                     self.ignored["broken link or special file"] += 1
+                else:
+                    found.append(entry.name + kind)
         return sorted(found)
 
     def classes(self) -> tuple[tuple[str, ...] | None, NDArray[np.int32] | None]:

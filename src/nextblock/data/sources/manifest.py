@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -83,7 +84,7 @@ def explain_change(manifest_path: str | os.PathLike[str], source: Source) -> str
     try:
         with gzip.open(manifest_path, "rb") as file:
             before = dict(_parsed(line) for line in file)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"cannot read the manifest {os.fspath(manifest_path)}: {error}") from error
     last = max(before) if len(before) >= MANIFEST_LIMIT else None  # what lies behind it was not stored
     now = dict(_parsed(_line(*entry)) for entry in source.manifest())

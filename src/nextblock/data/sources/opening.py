@@ -98,7 +98,7 @@ def _open_path(path: str, split: str, image_column: str, label_column: str | Non
     if path.startswith(streamed.PREFIX):
         raise DataError(
             f"{path} is a stream: it has no length and no image by number, which is needed here. hf:NAME fetches a "
-            "data set first; in Python, nextblock.data.streaming makes training batches of a stream."
+            "data set first; `nextblock pretrain` trains on streams."
         )
     if is_tar(path) and (is_web(path) or os.path.isfile(path) or "{" in path):
         return open_tars(_tars(path), plain(path) if is_web(path) else path, image_column, label_column)

@@ -1,6 +1,7 @@
 """Data sets that are read while they come, through `datasets` streaming: nothing is fetched before it is used.
 
-Such a set has no length and no image by number, so it is no `Source`; `nextblock.data.streaming` makes batches of it.
+Such a set has no length and no image by number, so it is no `Source`; `nextblock.data.streaming` makes batches of it,
+and a `Glimpse` tells as a source what is known of it beforehand.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import datasets
@@ -17,11 +19,15 @@ from datasets.distributed import split_dataset_by_node
 from numpy.typing import NDArray
 from PIL import Image
 
+from nextblock.data.sources.protocol import Sample
 from nextblock.data.sources.splits import split_candidates
-from nextblock.errors import DataError, SampleError, nearest
+from nextblock.data.sources.web_connections import plain
+from nextblock.errors import DataError, NextblockError, SampleError, nearest
 
 PREFIX = "hf-stream:"
 _FILES = "parquet:"
+_REVISION = re.compile(r"(hf://[^@]+)@([^/]+)(/.*)")
+GLIMPSED = 64  # rows
 _OPENING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError)
 
 
@@ -57,6 +63,7 @@ class StreamedImages:
     ) -> None:
         if _is_shuffled(dataset._ex_iterable):
             raise DataError(f"{title} is shuffled with a buffer, whose content is lost on resume. Give it unshuffled.")
+        self._files = list(dict.fromkeys(_files_of(dataset._ex_iterable)))
         columns = list(dataset.features or next(iter(dataset), {}))
         for column, kind in ((image_column, "image"), (label_column or image_column, "label")):
             if column not in columns:
@@ -83,6 +90,21 @@ class StreamedImages:
         """Files, or what else the set is made of, that parts are made of."""
         return int(self._dataset.num_shards)
 
+    @property
+    def revision(self) -> str | None:
+        """The state of the hub that the files are of, where they are there."""
+        return next((found[2] for file in self._files if (found := _REVISION.fullmatch(file))), None)
+
+    def manifest(self) -> list[tuple[str, int]]:
+        """Names and sizes in bytes of the files, sorted bytewise by name; behind a network names alone, without the
+        revision: most changes there are none of these files. One line for what has no files."""
+        local = [file for file in self._files if os.path.isfile(file)]
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in local]) if local else None
+        found = [(os.path.relpath(file, root), os.path.getsize(file)) for file in local]
+        remote = (_REVISION.sub(r"\1\3", file) for file in self._files if "://" in file)
+        found += [(plain(file), 0) for file in remote]
+        return sorted(found, key=lambda entry: os.fsencode(entry[0])) or [(self.title, self.shards)]
+
     def part(self, number: int, parts: int, epoch: int) -> datasets.IterableDataset:
         """Part `number` of so many, of files in an order that `epoch` decides; together they are all rows.
 
@@ -92,14 +114,74 @@ class StreamedImages:
         part.set_epoch(epoch)
         return part
 
-    def rows(self, batch: Mapping[str, Sequence[Any]], name: str) -> list[Row]:
-        """Of a batch of columns, as `IterableDataset.iter` gives them."""
+    def next_rows(self, chunks: Iterator[Mapping[str, Sequence[Any]]], name: str) -> list[Row]:
+        """The rows of the next of `chunks`, which are as `IterableDataset.iter` gives them; none behind the last one.
+
+        Raises DataError when they cannot be read.
+        """
+        try:
+            batch = next(chunks, None)
+        except NextblockError:
+            raise
+        except Exception as error:  # of the network, of Arrow, of whatever made the set
+            told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise DataError(f"reading {self.title} failed: {told}. Check the network, then resume.") from error
+        return [] if batch is None else self._rows(batch, name)
+
+    def _rows(self, batch: Mapping[str, Sequence[Any]], name: str) -> list[Row]:
         images = batch[self._image]
         labels = batch[self._label] if self._label else [None] * len(images)
         return [
             Row(image, None if label is None else int(label), f"{self.title} {name}[{number}]")
             for number, (image, label) in enumerate(zip(images, labels, strict=True))
         ]
+
+
+class Glimpse:
+    """A stream as far as it is known beforehand, in the form of a `Source`: its files, as many images as it is said to
+    hold, and, whichever is asked for, one of the first. Nothing is read before that.
+    """
+
+    def __init__(self, images: StreamedImages, length: int) -> None:
+        self._images, self._length = images, length
+        self.classes = images.classes
+        self.description = f"{images.description}, said to hold {length:,} images"
+
+    def __len__(self) -> int:
+        return self._length
+
+    @cached_property
+    def _first(self) -> list[Row]:
+        rows = self._images.next_rows(iter(self._images.part(0, 1, 0).iter(batch_size=GLIMPSED)), "first")
+        if not rows:
+            raise DataError(f"{self._images.title} holds no rows.")
+        return rows
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self._first[index % len(self._first)]
+        return Sample(row.content, row.label)
+
+    def name(self, index: int) -> str:
+        return self._first[index % len(self._first)].name
+
+    def labels(self) -> None:
+        return None
+
+    def manifest(self) -> Iterator[tuple[str, int]]:
+        return iter(self._images.manifest())
+
+
+def is_stream(spec: object) -> bool:
+    """Whether `open_streamed` is meant."""
+    return isinstance(spec, datasets.IterableDataset) or (isinstance(spec, str) and spec.startswith(PREFIX))
+
+
+def absolute(spec: str | None) -> str | None:
+    """With a pattern of local files as seen from any folder; everything else as it is."""
+    start = PREFIX + _FILES
+    if spec is None or not spec.startswith(start):
+        return spec
+    return start + os.path.abspath(os.path.expanduser(spec.removeprefix(start)))
 
 
 def open_streamed(
@@ -148,6 +230,17 @@ def _loaded(spec: str, path: str, **options: Any) -> datasets.IterableDataset | 
 
 
 def _is_shuffled(examples: Any) -> bool:
-    inner = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
     shuffled = type(examples).__name__ == "BufferShuffledExamplesIterable"
-    return shuffled or any(_is_shuffled(part) for part in inner if part is not None)
+    return shuffled or any(map(_is_shuffled, _inner(examples)))
+
+
+def _files_of(examples: Any) -> list[str]:
+    """Paths and addresses that the examples come from, as far as `datasets` tells."""
+    lists = [value for value in getattr(examples, "kwargs", {}).values() if isinstance(value, list)]
+    own = [str(item) for items in lists for item in items if isinstance(item, str)]
+    return own + [file for part in _inner(examples) for file in _files_of(part)]
+
+
+def _inner(examples: Any) -> list[Any]:
+    found = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
+    return [part for part in found if part is not None]

@@ -1,8 +1,8 @@
 """The index of one tar: read from its headers once, kept in the cache folder, mapped into memory when it is used.
 
-A file of it: a line of JSON (`Header`), then, of n samples, n rows of `ROW`, n ends of names, the names. It is 24 bytes
-and a name for each sample. It is good for as long as the tar has the size and the time of change (behind HTTP: the
-ETag) that it was made from, and is checked against its own SHA-256 whenever a source is opened.
+A file of it: a line of JSON (`Header`, and a SHA-256 of it), then, of n samples, n rows of `ROW`, n ends of names, the
+names. It is 24 bytes and a name for each sample. It is good for as long as the tar has the size and the time of change
+(behind HTTP: the ETag) that it was made from, and is checked against its own SHA-256 whenever a source is opened.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nextblock.data.sources.tar_members import Read
 from nextblock.data.sources.tar_samples import END, ROW, Wanted, samples_of
 from nextblock.errors import DataError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hash of its header
 _LONGEST_HEADER = 2**20
 
 
@@ -119,7 +119,8 @@ def _made(tar: Tar, stamp: Stamp, wanted: Wanted, path: Path) -> tuple[Header, I
     labelled = int((samples.rows["label"] >= 0).sum())
     seen = dict(samples.seen.most_common(20))
     header = Header(stamp, len(samples.rows), labelled, len(samples.names), digest, dict(samples.skipped), seen)
-    line = json.dumps({"format": FORMAT, **asdict(header)}).encode()
+    values = {"format": FORMAT, **asdict(header)}
+    line = json.dumps(values | {"sha256": _header_sha256(values)}).encode()
     line = line.ljust(len(line) | 7) + b"\n"  # so that the numbers behind it are aligned
     _write(path, [line, *parts])
     written = _cached(path, stamp, check=False)
@@ -149,7 +150,7 @@ def _cached(path: Path, stamp: Stamp, check: bool) -> tuple[Header, Index] | Non
         with open(path, "rb") as file:
             line = file.readline(_LONGEST_HEADER)
         values = json.loads(line)
-        if values.pop("format") != FORMAT:
+        if values.pop("sha256") != _header_sha256(values) or values.pop("format") != FORMAT:
             return None
         header = Header(**{**values, "stamp": Stamp(*values["stamp"])})
         body = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[len(line) :]
@@ -161,6 +162,10 @@ def _cached(path: Path, stamp: Stamp, check: bool) -> tuple[Header, Index] | Non
     if check and hashlib.sha256(body.data).hexdigest() != header.digest:
         return None
     return header, _split(body, header.count)
+
+
+def _header_sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _split(body: NDArray[np.uint8], count: int) -> Index:
