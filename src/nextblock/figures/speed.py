@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,7 @@ def draw_speed(rows: Sequence[Measured], path: str | Path, *, title: str = "") -
         )
     axes.axvline(1, color=FAINT, linewidth=1)
     axes.set_xlim(min(ends) / 1.15, max(ends) * 1.6)
-    axes.set_yticks(
-        range(len(shown)), [f"{row['name']} ({_DEVICES.get(row['device'], row['device'])})" for row in shown]
-    )
+    axes.set_yticks(range(len(shown)), [_label(row) for row in shown])
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _few(max(ends), value) else ""))
@@ -67,6 +66,11 @@ def draw_speed(rows: Sequence[Measured], path: str | Path, *, title: str = "") -
 
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _label(row: Measured) -> str:
+    """What the bar is of, in lines short enough to leave room for the bars."""
+    return textwrap.fill(f"{row['name']} ({_DEVICES.get(row['device'], row['device'])})", 44)
 
 
 def _as_gain(row: Measured) -> dict[str, Any]:
