@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,8 +72,9 @@ def _join_restarted(backend: str) -> None:
     if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False)
-    corner = dist.PrefixStore(f"attempt{attempt}", store)
+    stores: Any = dist  # whose types do not export them
+    store = stores.TCPStore(address, port, is_master=False)
+    corner = stores.PrefixStore(f"attempt{attempt}", store)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=corner, timeout=MEETING, rank=rank, world_size=world)
     if backend == "nccl":
