@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, which is imported below, and of every process a test starts
+
 import pytest
 import torch
 

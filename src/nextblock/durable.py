@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, also after a loss of power.
+"""Files and folders that are there whole or not at all, also after a loss of power; hashes that show any change.
 
 What is written lies in memory until it is flushed, and so does a new name until the folder that has it is flushed:
 content first, then the name, then the folder.
@@ -7,8 +7,11 @@ content first, then the name, then the folder.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 _NOT_ASKED = (errno.EINVAL, errno.ENOTSUP)  # file systems over a network that cannot flush a folder
 
@@ -65,6 +68,18 @@ def write_whole(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def sha256_of(values: Any) -> str:
+    """Of plain values, however they are written down: a tuple is a list, a name that is a number is a text."""
+    plain = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Of what a file holds, read in parts. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_whole(path: Path, content: bytes) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from nextblock.data.latents.cache import write_whole as write_whole_of_latents
 from nextblock.durable import append_whole, write_whole
 from nextblock.errors import CheckpointError
 from nextblock.training.checkpoint import newest_checkpoint, save_checkpoint
@@ -154,9 +153,8 @@ def test_a_removal_before_the_new_name_is_found(tmp_path: Path) -> None:
     [
         lambda path, text: write_text(path, text.decode()),
         write_whole,
-        write_whole_of_latents,
     ],
-    ids=["of a run", "plain", "of latents"],
+    ids=["of a run", "plain"],
 )
 def test_a_small_file_is_the_old_one_or_the_new_one(tmp_path: Path, write: Callable[[Path, bytes], None]) -> None:
     folder = tmp_path / "run"

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from close import assert_close
+from killed import Killed, killed_at
 from nextblock.checkpoints.vae_files import open_vae
 from nextblock.data.latents import adm_center_crop, cache, making, open_latents
 from nextblock.data.sources import open_source
@@ -150,27 +151,13 @@ def test_stopped_anywhere_and_given_again(
     assert content(tmp_path / "cache") == whole
 
 
-class Killed(BaseException):
-    """As if the process had been killed."""
-
-
 def stop_at(patch: pytest.MonkeyPatch, moment: str) -> None:
-    calls = iter(range(1000))
-
-    def stop(after: int, inner: Any) -> Any:
-        def stopping(*arguments: Any, **more: Any) -> Any:
-            if next(calls) == after:
-                raise Killed
-            return inner(*arguments, **more)
-
-        return stopping
-
     if moment == "shard on disk, not recorded":
-        patch.setattr(making, "with_shards", stop(1, making.with_shards))
+        patch.setattr(making, "with_shards", killed_at(1, making.with_shards))
     elif moment == "before the end":
-        patch.setattr(cache, "write_whole", stop(6, cache.write_whole))
+        patch.setattr(cache, "write_whole", killed_at(6, cache.write_whole))
     else:
-        patch.setattr(making, "_encoded", stop(0 if moment == "first batch" else 4, making._encoded))
+        patch.setattr(making, "_encoded", killed_at(0 if moment == "first batch" else 4, making._encoded))
 
 
 def test_a_killed_process(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from killed import Killed, killed_at
 from nextblock.data.decode import decode
 from nextblock.data.prepared import index as index_files
 from nextblock.data.prepared import making, open_prepared, shards
@@ -121,33 +122,19 @@ def test_the_number_of_workers_changes_nothing(asked: dict[str, Any], tmp_path: 
     assert all(content(folder) == whole for folder in folders[1:])
 
 
-class Killed(BaseException):
-    """As if the process had been killed."""
-
-
 def stop_at(patch: pytest.MonkeyPatch, moment: str) -> None:
-    calls = iter(range(1000))
-
-    def stop(after: int, inner: Any) -> Any:
-        def stopping(*arguments: Any, **more: Any) -> Any:
-            if next(calls) == after:
-                raise Killed
-            return inner(*arguments, **more)
-
-        return stopping
-
     if moment == "begun":
-        patch.setattr(images_record, "write_manifest", stop(0, images_record.write_manifest))
+        patch.setattr(images_record, "write_manifest", killed_at(0, images_record.write_manifest))
     elif moment == "first image":
-        patch.setattr(making, "encode", stop(0, making.encode))
+        patch.setattr(making, "encode", killed_at(0, making.encode))
     elif moment == "third shard":
-        patch.setattr(shards.ShardWriter, "add", stop(12, shards.ShardWriter.add))
+        patch.setattr(shards.ShardWriter, "add", killed_at(12, shards.ShardWriter.add))
     elif moment == "shard on disk, not recorded":
-        patch.setattr(making, "write_about", stop(2, making.write_about))
+        patch.setattr(making, "write_about", killed_at(2, making.write_about))
     elif moment == "before the index":
-        patch.setattr(making, "write_index", stop(0, making.write_index))
+        patch.setattr(making, "write_index", killed_at(0, making.write_index))
     else:
-        patch.setattr(making, "write_about", stop(6, making.write_about))
+        patch.setattr(making, "write_about", killed_at(6, making.write_about))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +204,7 @@ def test_a_stop_is_heard_and_told_once(
 
 def test_the_command_to_go_on_has_the_options_that_were_given(asked: dict[str, Any], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(making, "encode", killed_after(3, making.encode))
+        patch.setattr(making, "encode", killed_at(3, making.encode))
         with pytest.raises(Killed):
             prepare(**asked, out=tmp_path / "made", short_side=16, format="png", exif_orientation=False)
     told = f"nextblock prepare {asked['data']} --out {tmp_path / 'made'} --short_side=16 --format=png "
@@ -252,23 +239,12 @@ def test_stopped_while_mending(asked: dict[str, Any], tmp_path: Path, small: Non
     for number in (0, 1, 4):
         (folder / f"shard-0000{number}.bin").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "add", killed_after(8, shards.ShardWriter.add))
+        patch.setattr(shards.ShardWriter, "add", killed_at(8, shards.ShardWriter.add))
         with pytest.raises(Killed):
             prepare(**asked, out=folder)
     assert sorted(prepared(folder).shards) == [0, 2, 3]
     prepare(**asked, out=folder)
     assert content(folder) == whole
-
-
-def killed_after(count: int, inner: Any) -> Any:
-    calls = iter(range(1000))
-
-    def counted(*arguments: Any) -> Any:
-        if next(calls) == count:
-            raise Killed
-        return inner(*arguments)
-
-    return counted
 
 
 def test_what_is_complete_is_left_alone(

@@ -241,7 +241,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not empty"):
         job().make(tmp_path / "out")
     (tmp_path / "out" / "sample.json").write_text("{}")
-    with pytest.raises(RunError, match="not the record of a sampling job"):
+    with pytest.raises(RunError, match="not what was written: it lacks settings, source"):
         job().make(tmp_path / "out")
     (tmp_path / "out" / "sample.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from killed import Killed
 from nextblock.data.preprocess import Preprocessing
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs import sample_folder, sample_images
@@ -29,10 +30,6 @@ from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
 from nextblock.xar.passes import FastPasses
 from nextblock.xar.sampler import sample_latents
-
-
-class Killed(BaseException):
-    """As if the process had been killed."""
 
 
 def job(n: int, draw: Any = sample_latents, **values: Any) -> SampleRun:

@@ -17,6 +17,7 @@ from faults.fork_server import ForkServer
 from faults.victims import make_material
 from PIL import Image
 
+import nextblock
 from nextblock.errors import ConfigError, RunError
 from nextblock.jobs import share as shares
 from nextblock.jobs.share import Share, Units, array_share, my_share
@@ -167,6 +168,24 @@ def test_which_share_is_ours() -> None:
 def test_what_is_no_share_is_refused(environment: dict[str, str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         my_share(environment)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        lambda: nextblock.sample(run="no-run"),
+        lambda: nextblock.probe(run="no-run", suite="xtra15"),
+    ],
+    ids=["sample", "suite"],
+)
+def test_tasks_of_an_array_need_a_named_folder(job: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in array(1, 3).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"this is share 2 of 3, and .* --out"):
+        job()
+    monkeypatch.setenv("NEXTBLOCK_SHARE", "all")
+    with pytest.raises(RunError, match="no-run"):
+        job()
 
 
 HOLD = (

@@ -15,6 +15,7 @@ import torch
 from faults.forked_ranks import Ranks
 from safetensors.torch import load_file
 
+from killed import Killed
 from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.jobs import training_run
 from nextblock.jobs.knn import knn
@@ -64,10 +65,6 @@ def same(a: Path, b: Path) -> bool:
     weights = [load_file(run / "exported" / "model.safetensors") for run in (a, b)]
     assert len(losses[0]) == STEPS
     return losses[0] == losses[1] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-class Killed(BaseException):
-    """As sudden as a signal: nothing is saved."""
 
 
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,24 +6,17 @@ of all that it says. preprocessor_config.json holds one, `sha256` of its other v
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nextblock.durable import sha256_of
 from nextblock.errors import CheckpointError
 
 HASH = "sha256"
 _OF_SIZES, _OF_ABOUT = "config_sha256", "about_sha256"
 HASHES = (HASH, _OF_SIZES, _OF_ABOUT)
 _SIZES = ("model_type", "config", "head")
-
-
-def sha256_of(values: Mapping[str, Any]) -> str:
-    """Of plain values, however they are written down."""
-    plain = json.loads(json.dumps(dict(values)))  # tuples are lists then, and all names are texts
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def with_hashes(about: Mapping[str, Any]) -> dict[str, Any]:

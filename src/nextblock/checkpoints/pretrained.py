@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -15,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nextblock.checkpoints import custom_code, hub
-from nextblock.checkpoints.hashes import HASH, HASHES, require_unchanged, sha256_of, with_hashes
+from nextblock.checkpoints.hashes import HASH, HASHES, require_unchanged, with_hashes
 from nextblock.checkpoints.hub import FILES
 from nextblock.checkpoints.kinds import KINDS, Model, describe, least_numbers, make
 from nextblock.checkpoints.model_card import plain_card, with_front_matter
 from nextblock.checkpoints.name_table import mismatch
-from nextblock.durable import flush_tree, give_name, make_folder
+from nextblock.durable import file_sha256, flush_tree, give_name, make_folder, sha256_of
 from nextblock.errors import CheckpointError, ConfigError, nearest
 from nextblock.portable import Portable
 from nextblock.version import __version__
@@ -109,7 +108,7 @@ def _write(
 
 def preprocessing_text(values: Mapping[str, Any]) -> str:
     """The content of preprocessor_config.json: the values, and a hash by which a change is noticed."""
-    return json.dumps({**values, HASH: sha256_of(values)}, indent=2) + "\n"
+    return json.dumps({**values, HASH: sha256_of(dict(values))}, indent=2) + "\n"
 
 
 def _put(beside: Path, folder: Path, replace: bool) -> None:
@@ -299,9 +298,3 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     if missing or extra or shapes:
         raise mismatch(f"The weights of {where} belong to another configuration.", missing, extra, shapes)
     model.load_state_dict(dict(tensors))
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, read in parts."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

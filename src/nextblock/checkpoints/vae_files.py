@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.checkpoints.official_kl16 import load_official_kl16
-from nextblock.checkpoints.pretrained import file_sha256
+from nextblock.durable import file_sha256
 from nextblock.errors import CheckpointError, ConfigError, nearest
 from nextblock.vae import Autoencoder, Pixels
 

@@ -23,12 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nextblock.checkpoints.pretrained import file_sha256
 from nextblock.data.preprocess import Preprocessing, normalize
 from nextblock.data.sources import Source, content_digest
 from nextblock.data.sources.views import known_labels
 from nextblock.data.stream import BadSample, Batch, locate
-from nextblock.durable import flush_tree, give_name, make_folder
+from nextblock.durable import file_sha256, flush_tree, give_name, make_folder, sha256_of
 from nextblock.errors import DataError
 from nextblock.evaluation.inference import device_of, inference
 from nextblock.xtra.classifier import LayerMean, layer_means
@@ -251,7 +250,7 @@ def _describe(folder: Path, count: int, indices: NDArray[np.int64], bad: Sequenc
     with open(folder / "bad.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows(bad)
     about = {"images": count, "format": FORMAT} | {name: file_sha256(folder / name) for name in _HASHED}
-    (folder / "about.json").write_text(json.dumps(about | {"sha256": _sha256(about)}))
+    (folder / "about.json").write_text(json.dumps(about | {"sha256": sha256_of(about)}))
     flush_tree(folder)
 
 
@@ -262,16 +261,12 @@ def _is_whole(folder: Path) -> bool:
     try:
         about = json.loads((folder / "about.json").read_text())
         recorded = about.pop("sha256")
-        if recorded == _sha256(about) and all(file_sha256(folder / name) == about[name] for name in _HASHED):
+        if recorded == sha256_of(about) and all(file_sha256(folder / name) == about[name] for name in _HASHED):
             return True
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return False
-
-
-def _sha256(about: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _read(folder: Path) -> tuple[NDArray[Any], tuple[NDArray[np.int64], list[BadSample]]]:

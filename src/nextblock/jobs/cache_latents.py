@@ -179,7 +179,7 @@ def _tell(folder: Path, about: About, share: Share, console: Console) -> None:
             f"{share.told} is done; {_shard_line(about)} of {folder} are there, other processes make the others",
         )
         return
-    bad = sum(len(record.bad) for record in about.shards.values())
+    bad = len(about.bad)
     count = sum(record.images for record in about.shards.values())
     left_out = f", {bad} broken ones left out (bad_samples.csv)" if bad else ""
     console.print(f"{count:,} images cached{left_out}: {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from nextblock.checkpoints.kinds import describe
-from nextblock.checkpoints.pretrained import file_sha256, load_pretrained, read_about, save_pretrained
+from nextblock.checkpoints.model_card import as_text
+from nextblock.checkpoints.pretrained import load_pretrained, read_about, save_pretrained
 from nextblock.checkpoints.recognise import OFFICIAL, Asked, Recognised, official_file, official_tensors, with_encoder
 from nextblock.checkpoints.vae_files import RECORD, open_vae
 from nextblock.data.named.imagenet import NUM_CLASSES, imagenet_classes
 from nextblock.data.preprocess import Preprocessing
-from nextblock.durable import flush_tree, give_name
+from nextblock.durable import file_sha256, flush_tree, give_name
 from nextblock.errors import CheckpointError, ConfigError, RunError
 from nextblock.jobs.opening import open_encoder, weights_in
 from nextblock.jobs.output import written_whole
@@ -162,8 +163,8 @@ def _write_vae(vae: Autoencoder, folder: Path, about: Mapping[str, Any]) -> None
 def _vae_card(vae: Autoencoder, about: Mapping[str, Any]) -> str:
     return (
         "---\nlibrary_name: diffusers\n---\n\n# KL-16 autoencoder (MAR, arXiv 2406.11838)\n\n"
-        f"- from: {about['origin']}\n- latents: {vae.latent_channels} channels, 1/{vae.factor} of the image's sides, "
-        f"scale factor {vae.scale_factor}\n\n```python\nimport nextblock\n\n"
+        f"- from: {as_text(about['origin'])}\n- latents: {vae.latent_channels} channels, "
+        f"1/{vae.factor} of the image's sides, scale factor {vae.scale_factor}\n\n```python\nimport nextblock\n\n"
         'vae = nextblock.open_vae("PATH_TO_THIS_FOLDER")\n```\n'
     )
 

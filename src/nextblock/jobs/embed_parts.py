@@ -22,7 +22,7 @@ from nextblock.evaluation.features import Features
 from nextblock.jobs.images_record import images_record
 from nextblock.jobs.output import written_whole
 from nextblock.jobs.share import Units, stopped
-from nextblock.training.run_folder import to_json, write_text
+from nextblock.training.run_folder import read_json, to_json, write_text
 from nextblock.training.signals import StopRequest
 
 BATCHES = 16  # in a part
@@ -51,7 +51,7 @@ class Parts:
             self.folder.mkdir(exist_ok=True)
             write_text(file, to_json(asked))
             return
-        before = json.loads(file.read_text())
+        before = read_json(file, (), f"Remove {self.folder} to begin anew.")
         changed = [name for name in asked if before.get(name) != asked[name]]
         if changed:
             raise RunError(

@@ -28,7 +28,7 @@ from nextblock.jobs.export_card import graph_card
 from nextblock.jobs.export_report import BATCHES, Checked, check, described, measure, show, table_rows
 from nextblock.jobs.opening import HUB, one_or_many, open_classifier, open_encoder, run_data, weights_in
 from nextblock.jobs.output import require_some, tell_bad
-from nextblock.training.run_folder import job_of, read_config
+from nextblock.training.run_folder import job_of, read_config, read_json
 from nextblock.xtra.classifier import Classifier
 from nextblock.xtra.model import Encoder
 
@@ -195,7 +195,7 @@ def _pixels(source: Source, preprocessing: Preprocessing, console: Console) -> T
 def _sha256(where: Path) -> str:
     """The recorded hash of the weights at `where`: a folder of weights, or a checkpoint of a run still going."""
     if (where / "checkpoint.json").is_file():
-        return str(json.loads((where / "checkpoint.json").read_text())["sha256"])
+        return str(read_json(where / "checkpoint.json", ["sha256"], "Choose another checkpoint.")["sha256"])
     return str(read_about(where)["sha256"])
 
 

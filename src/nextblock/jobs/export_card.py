@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nextblock.checkpoints.model_card import as_text
 from nextblock.data.preprocess import Preprocessing
 from nextblock.jobs.export_report import Checked, table_cells, table_conditions, table_heads
 
@@ -25,7 +26,7 @@ def graph_card(
     first, last = about["layers"]
     layers = f"layer {last}" if first == last else f"the mean of layers {first} to {last}"
     norm = "after" if about["final_norm"] else "before"
-    card = f"""# {about["source"]["run"]}: {about["output"]["name"]}, as {about["format"]}
+    card = f"""# {as_text(about["source"]["run"])}: {about["output"]["name"]}, as {about["format"]}
 
 Exported by nextblock; runs without it. The number of images is free, their size is not.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nextblock.checkpoints.pretrained import save_pretrained
+from nextblock.checkpoints.pretrained import read_about, save_pretrained
 from nextblock.data.augment import CropConfig
 from nextblock.data.erasing import prepare
 from nextblock.data.labelled import Labelled
@@ -34,7 +33,7 @@ from nextblock.training.launch import Fabric
 from nextblock.training.loop import Loss, Update, clipped_update
 from nextblock.training.optimizer import SteadyBuffers, layer_decay_groups, make_optimizer
 from nextblock.training.plan import Plan
-from nextblock.training.run_folder import COLUMNS, to_json, write_text
+from nextblock.training.run_folder import COLUMNS, read_environment, read_json, to_json, write_text
 from nextblock.xtra.classifier import Classifier
 from nextblock.xtra.config import XTRAConfig
 
@@ -117,7 +116,7 @@ class FinetuneRun(TrainingRun):
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
-        stored = json.loads((folder / "environment.json").read_text())
+        stored = read_environment(folder, "data", "test")
         sides = {"data": (self.train_source, MANIFEST), "test": (self.data.test, TEST_MANIFEST)}
         require_same(stored, sides, folder)
         self.tell_threads(stored)
@@ -131,7 +130,7 @@ class FinetuneRun(TrainingRun):
     def go_on(self, folder: Path) -> Finetuned:
         """Continue a run, or finish it where only its test is missing."""
         if (folder / RESULT).is_file():
-            self.result = json.loads((folder / RESULT).read_text())
+            self.result = read_json(folder / RESULT, ["dataset", "weights"], "Remove it: the test is then done again.")
         return self._with_result(super().go_on(folder))
 
     def is_finished(self, folder: Path) -> bool:
@@ -237,7 +236,7 @@ class FinetuneRun(TrainingRun):
         result = {
             "dataset": self.data.name, **numbers, "classes": len(self.data.classes),
             "weights": f"average of decay {self.config.ema_decay:g}" if self.ema else "last",
-            "weights_sha256": json.loads((exported / "config.json").read_text())["sha256"],
+            "weights_sha256": read_about(exported)["sha256"],
             "test_data_sha256": fingerprint(self.data.test).sha256,
         }  # fmt: skip
         write_text(folder / RESULT, to_json(result))

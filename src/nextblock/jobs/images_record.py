@@ -14,7 +14,7 @@ from rich.console import Console
 from nextblock.data.labelled import open_labelled
 from nextblock.data.named import NAMED, is_named
 from nextblock.data.sources import Source, explain_change, is_local, is_pattern, open_source, write_manifest
-from nextblock.errors import DataError, RunError, nearest
+from nextblock.errors import ConfigError, DataError, RunError, nearest
 from nextblock.jobs.output import say
 from nextblock.jobs.record import described
 
@@ -78,6 +78,21 @@ def images_record(source: Source) -> dict[str, Any]:
     if labels is not None:
         order.update(np.asarray(labels).astype("<i8").tobytes())
     return described(source) | {"order_sha256": order.hexdigest()}
+
+
+def require_same_settings(
+    what: str, begun: Mapping[str, object], asked: Mapping[str, object], free: Iterable[str]
+) -> None:  # fmt: skip
+    """Raise ConfigError, naming them, when settings other than the `free` ones are not those of the beginning.
+
+    `what` names the folder in the message: "the latent cache FOLDER".
+    """
+    fixed = [name for name in asked if name not in free and begun.get(name) != asked[name]]
+    if fixed:
+        changed = "; ".join(f"{name} was {begun.get(name)}, now {asked[name]}" for name in fixed)
+        raise ConfigError(
+            f"{what} was begun with other settings: {changed}. Ask for those of the beginning, or choose another --out."
+        )
 
 
 def require_same_images(folder: Path, begun: Mapping[str, Any], source: Source, what: str) -> None:

@@ -22,6 +22,7 @@ from nextblock.jobs.images_record import (
     is_whole,
     remove_left_overs,
     require_same_images,
+    require_same_settings,
     write_manifest_once,
 )
 from nextblock.jobs.record import where
@@ -82,7 +83,8 @@ def read_asked(
         values = dataclasses.asdict(stored) | {name: value for name, value in values.items() if value is not None}
     asked = Asked(**values)
     if stored:
-        _require_same_settings(folder, stored, asked)
+        old, new = dataclasses.asdict(stored), dataclasses.asdict(asked)
+        require_same_settings(f"the latent cache {folder}", old, new, _FREE)
     if dataset is None and asked.dataset is None:
         again = " again: it was a Python object" if stored else ", the images"
         raise ConfigError(f"cache-latents needs --dataset{again}.")
@@ -95,18 +97,6 @@ def _place(vae: str | Path) -> str:
     """A path is made absolute, a name on the hub stays."""
     path = Path(vae).expanduser()
     return str(path.absolute()) if path.exists() else str(vae)
-
-
-def _require_same_settings(folder: Path, stored: Asked, asked: Asked) -> None:
-    old, new = dataclasses.asdict(stored), dataclasses.asdict(asked)
-    changed = [
-        f"{name} was {old[name]}, now {new[name]}" for name in old if name not in _FREE and old[name] != new[name]
-    ]
-    if changed:
-        raise ConfigError(
-            f"the latent cache {folder} was begun with other settings: {'; '.join(changed)}. Leave that out, or choose "
-            "another --out."
-        )
 
 
 def begin(folder: Path, asked: Asked, source: Source, vae: Autoencoder) -> About:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from nextblock.jobs.opening import take_weights, weights_in
 from nextblock.recipes.generator import typed_generator
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.launch import pick_device
-from nextblock.training.run_folder import JOBS, job_of, read_config
+from nextblock.training.run_folder import JOBS, job_of, read_config, read_environment
 from nextblock.vae import Autoencoder, Pixels, same_vae
 from nextblock.xar.model import XAR
 
@@ -136,7 +135,7 @@ def _of_checkpoint(path: Path, weights: Weights) -> tuple[XAR, Preprocessing, Pa
     if job_of(stored) != "train-generator":
         raise _no_generator(path, JOBS[job_of(stored)])
     config = typed_generator(stored)
-    about = json.loads((path / "environment.json").read_text())["generator"]
+    about = read_environment(path, "generator")["generator"]
     where, state = newest_checkpoint(path / "checkpoints")
     averaged = weights == "ema" and "ema" in state
     model = XAR(config.model)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,13 @@ from rich.console import Console
 
 from nextblock.data.prepared.about import About, is_prepared
 from nextblock.data.prepared.encoding import Encoding
-from nextblock.data.prepared.making import BAD_SAMPLES
 from nextblock.data.prepared.pieces import has_pieces
+from nextblock.data.shard_folder import BAD_SAMPLES
 from nextblock.errors import ConfigError, RunError
-from nextblock.jobs.images_record import open_images
+from nextblock.jobs.images_record import open_images, require_same_settings
 from nextblock.jobs.output import say
 from nextblock.jobs.prepare_share import Work, make, make_share
-from nextblock.jobs.prepared_record import Asked, begin, go_on, require_same_settings
+from nextblock.jobs.prepared_record import FREE, Asked, begin, go_on
 from nextblock.jobs.shard_progress import size
 from nextblock.jobs.share import Units, my_share
 from nextblock.training.signals import StopRequest
@@ -118,7 +119,8 @@ def _begun(folder: Path, asked: Asked, encoding: Encoding) -> About | None:
     """What is there; raises ConfigError where it was begun with other settings."""
     there = About.read(folder) if is_prepared(folder) else None
     if there:
-        require_same_settings(folder, there, asked, encoding)
+        old, new = there.asked | asdict(there.encoding), asdict(asked) | asdict(encoding)
+        require_same_settings(f"the folder of prepared images {folder}", old, new, FREE)
     return there
 
 

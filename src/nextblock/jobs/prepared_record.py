@@ -23,7 +23,7 @@ from nextblock.jobs.images_record import images_record, is_whole, require_same_i
 from nextblock.jobs.record import where
 from nextblock.training.run_folder import claim_folder
 
-_FREE = ("data", "data_root", "max_bad_fraction")  # may change when preparing goes on
+FREE = ("data", "data_root", "max_bad_fraction")  # may change when preparing goes on
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,6 @@ class Asked:
         """With paths as they are seen from any folder."""
         place = where(data, None, data_root)
         return cls(data=place["dataset"], data_root=place["data_root"], **more)
-
-
-def require_same_settings(folder: Path, begun: About, asked: Asked, encoding: Encoding) -> None:
-    """Raise ConfigError, naming them, for settings that are not those that `folder` was begun with."""
-    old = begun.asked | dataclasses.asdict(begun.encoding)
-    new = dataclasses.asdict(asked) | dataclasses.asdict(encoding)
-    changed = [
-        f"{name} was {old.get(name)}, now {value}"
-        for name, value in new.items()
-        if name not in _FREE and old.get(name) != value
-    ]
-    if changed:
-        raise ConfigError(
-            f"the prepared images {folder} were begun with other settings: {'; '.join(changed)}. Ask for what they "
-            "were begun with, or choose another --out."
-        )
 
 
 def begin(folder: Path, asked: Asked, encoding: Encoding, source: Source) -> About:

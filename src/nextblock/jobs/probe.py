@@ -20,6 +20,7 @@ from nextblock.jobs.probe_run import ProbeRun, Target, plain
 from nextblock.jobs.record import where
 from nextblock.jobs.segmentation import SegmentationConfig, is_segmentation, read_again, segment
 from nextblock.jobs.segmentation_report import Segmented
+from nextblock.jobs.share import array_share, require_named
 from nextblock.jobs.suite import Suite, require_suite, run_suite
 from nextblock.recipes.config import typed_section
 from nextblock.training.checkpoint import list_checkpoints, newest_checkpoint
@@ -91,6 +92,7 @@ def probe(
         _refuse_task(task, segmentation or {})
     if suite is not None:
         require_suite(suite)
+        require_named(out, array_share())
     folder = Path(out) if out is not None else Path("runs") / f"{suite or 'probe'}-{time.strftime('%Y%m%d-%H%M%S')}"
     if test is not None and suite is not None:
         raise ConfigError("--test belongs to one --dataset; a suite has its own test images.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from nextblock.figures.confusion import draw_confusion
 from nextblock.figures.probe import draw_layers, draw_learning_rates, draw_probe_curves
 from nextblock.jobs.output import plain, say
 from nextblock.jobs.probe_run import ProbeRun
-from nextblock.training.run_folder import to_json, write_text
+from nextblock.training.run_folder import read_json, to_json, write_text
 from nextblock.xtra.classifier import Classifier
 
 METRICS = {"accuracy": "top1", "macro_f1": "macro_f1", "mean_per_class": "mean_per_class"}
@@ -70,7 +69,7 @@ def finish(run: ProbeRun, folder: Path) -> Probed:
     return Probed(folder, rows, best)
 
 
-_PARTS = {"dataset", "rows", "best"}  # of every result
+_PARTS = ("dataset", "rows", "best")  # of every result
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -78,13 +77,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     file = folder / "result.json"
     if not file.is_file():
         return None
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file} cannot be read: {error}. Remove it: the probe is then measured again.") from error
-    if not isinstance(found, dict) or not found.keys() >= _PARTS:
-        raise RunError(f"{file} is not the result of a probe. Remove it: the probe is then measured again.")
-    return found
+    return read_json(file, _PARTS, "Remove it: the probe is then measured again.")
 
 
 def protocol(run: ProbeRun) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -48,7 +47,7 @@ from nextblock.training.launch import Fabric
 from nextblock.training.loop import Intervals, Meters, run_state, train
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import RunFolder, environment, max_bad_images, to_json, write_text
+from nextblock.training.run_folder import RunFolder, environment, max_bad_images, read_environment, to_json, write_text
 from nextblock.training.signals import StopRequest
 from nextblock.xtra.classifier import layer_means
 
@@ -159,8 +158,8 @@ class ProbeRun:
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when weights or data are not those that the run was started on."""
-        stored = json.loads((folder / "environment.json").read_text())
-        if stored["weights"]["sha256"] != weights_digest(self.opened.encoder):
+        stored = read_environment(folder, "weights", "data", "test")
+        if stored["weights"].get("sha256") != weights_digest(self.opened.encoder):
             raise RunError(
                 f"{self.target.run} now holds other weights than {folder} was started on. Start a new probe."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from nextblock.training.layer_numbers import LayerNumbers, LayerWatch
 from nextblock.training.optimizer import gradient_norm
 from nextblock.training.plan import Plan
 from nextblock.training.replay import Kept, chosen, read_kept
-from nextblock.training.run_folder import environment, job_of, read_config
+from nextblock.training.run_folder import environment, job_of, read_config, read_environment
 
 ALONE = {"devices": 1, "nodes": 1, "compile": False}
 
@@ -85,7 +84,7 @@ def replayed(folder: Path, given: Mapping[str, Mapping[str, Any]], console: Cons
     wrong = [each for each in passes if not each.finite]
     rows = [row for each in wrong or passes for row in each.rows]
     images = list(_images(run, model, kept, rows))
-    environment_then = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    environment_then = read_environment(folder)
     return {
         "step": kept.step,
         "since": kept.since,

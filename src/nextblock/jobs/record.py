@@ -65,7 +65,7 @@ def require_same(
     """
     for what, (source, manifest) in sources.items():
         now = described_with_labels(source)
-        changed = [name for name in ("sha256", "labels_sha256") if stored[what][name] != now[name]]
+        changed = [name for name in ("sha256", "labels_sha256") if stored[what].get(name) != now[name]]
         if changed:
             change = explain_change(folder / manifest, source) if "sha256" in changed else "other labels"
             side = {"data": "training", "test": "test"}[what]

@@ -17,6 +17,7 @@ from nextblock.jobs.sample_classes import chosen_classes
 from nextblock.jobs.sample_images import ImageMaker
 from nextblock.jobs.sample_run import Sampled, SampleRun
 from nextblock.jobs.sample_settings import SampleSettings
+from nextblock.jobs.share import array_share, require_named
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import launch, pick_device
 from nextblock.xar.sampler import sample_latents
@@ -94,6 +95,7 @@ def sample(
     for name, value in {"animation": animation, "devices": devices}.items():
         if value < 0:
             raise ConfigError(f"--{name} must be 0 or more; got {value}.")
+    require_named(out, array_share())
     place = _checked_device(device)
     interval, precision_used = _interval(guidance_interval), _precision(precision, place)
     opened = open_generator(run, weights=weights, vae=vae, device="cpu")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from nextblock.errors import RunError
 from nextblock.jobs.output import written_whole
-from nextblock.training.run_folder import claim_folder, to_json, write_text
+from nextblock.training.run_folder import claim_folder, read_json, to_json, write_text
 
 RECORD = "sample.json"
 _PNG_END = b"IEND\xaeB`\x82"
@@ -159,13 +159,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{file} cannot be read: {error}. Choose another --out.") from error
-    if not isinstance(values, dict) or not {"settings", "source"} <= set(values):
-        raise RunError(f"{file} is not the record of a sampling job. Choose another --out.")
-    return values
+    return read_json(file, ("settings", "source"), "Choose another --out.")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -95,6 +95,15 @@ def my_share(environment: Mapping[str, str] = os.environ) -> Share:
     return array_share(environment).divided(own)
 
 
+def require_named(out: object, share: Share) -> None:
+    """Raise ConfigError where `share` is one of several that would each make a dated folder of their own."""
+    if out is None and not share.whole:
+        raise ConfigError(
+            f"this is {share.told}, and all shares write into one folder: name it with --out. For all of it in a "
+            f"folder of this process's own, set {VARIABLE}=all."
+        )
+
+
 def take_own_device(environment: Mapping[str, str] = os.environ) -> None:
     """Make "cuda" mean another device for each process of a node, where there are several of both."""
     local = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
@@ -22,6 +21,7 @@ from nextblock.jobs.run import Run, open_train
 from nextblock.jobs.training_run import Look
 from nextblock.recipes.config import PretrainConfig
 from nextblock.training.launch import Fabric
+from nextblock.training.run_folder import read_environment
 
 PATIENCE = 12  # times data.timeout_s: what is waited for is a chunk, and to go on a file is read from its beginning
 
@@ -47,7 +47,7 @@ class StreamedRun(Run):
 
     def check_record(self, folder: Path) -> None:
         super().check_record(folder)
-        before = json.loads((folder / "environment.json").read_text())["data"].get("revision")
+        before = read_environment(folder, "data")["data"].get("revision")
         if before != self.images.revision:
             self.say(
                 f"{self.images.title} is of revision {self.images.revision} now, of {before} when the run began: it "

@@ -22,7 +22,7 @@ from nextblock.jobs.output import say
 from nextblock.jobs.probe_report import Probed, read_result
 from nextblock.jobs.share import Units, array_share
 from nextblock.training.launch import Fabric, on_first_process
-from nextblock.training.run_folder import claim_folder, to_json, write_text
+from nextblock.training.run_folder import claim_folder, read_json, to_json, write_text
 from nextblock.training.signals import requeue
 
 SIGNATURE = "suite.json"
@@ -177,7 +177,7 @@ def mean_of(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
 def _claim(folder: Path, signature: Mapping[str, Any]) -> None:
     file = folder / SIGNATURE
     if file.is_file():
-        stored = json.loads(file.read_text())
+        stored = read_json(file, (), "Choose another --out.")
         changed = [name for name in signature if stored.get(name) != json.loads(json.dumps(signature[name]))]
         if changed:
             what = {"suite": "another suite", "weights": "other weights", "probe": "other --probe options"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,15 @@ from nextblock.training.memory import require_room_for
 from nextblock.training.optimizer import make_optimizer
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import COLUMNS, SAVES_TRIED, RunFolder, environment, to_json, write_text
+from nextblock.training.run_folder import (
+    COLUMNS,
+    SAVES_TRIED,
+    RunFolder,
+    environment,
+    read_environment,
+    to_json,
+    write_text,
+)
 from nextblock.training.signals import StopRequest, requeue
 from nextblock.xar.layers import XARLayer
 
@@ -194,8 +201,8 @@ class TrainingRun(ABC):
 
     def check_record(self, folder: Path) -> None:
         """Raise RunError when the data are not those that the run was started on."""
-        stored = json.loads((folder / "environment.json").read_text())
-        if stored["data"]["sha256"] != self.data_record()["sha256"]:
+        stored = read_environment(folder, "data")
+        if stored["data"].get("sha256") != self.data_record()["sha256"]:
             what = self.what_changed(folder / "data_manifest.txt.gz")
             raise RunError(
                 f"The training data are not those that {folder} was started on: {what}. Bring them back, or start "

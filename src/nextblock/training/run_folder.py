@@ -21,7 +21,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -57,6 +57,29 @@ def write_text(path: Path, text: str) -> None:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}. Mend that, or choose another --out."
         ) from error
+
+
+def read_json(file: Path, names: Iterable[str], advice: str) -> dict[str, Any]:
+    """A table with these `names`, as `to_json` writes it. Raises RunError, with `advice`, for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{file} cannot be read: {told}. {advice}") from error
+    lacking = [name for name in names if not isinstance(found, dict) or name not in found]
+    if lacking or not isinstance(found, dict):
+        raise RunError(f"{file} is not what was written: it lacks {', '.join(lacking) or 'names'}. {advice}")
+    return found
+
+
+def read_environment(folder: Path, *names: str) -> dict[str, Any]:
+    """environment.json of a run, with tables called `names`. Raises RunError when it is damaged or lacking."""
+    file = folder / "environment.json"
+    advice = "It says what the run was started on: bring it back from a copy, or start a new run."
+    found = read_json(file, names, advice)
+    if wrong := [name for name in names if not isinstance(found[name], dict)]:
+        raise RunError(f"{file} is not what was written: {', '.join(wrong)} should be a table. {advice}")
+    return found
 
 
 def environment(seed: int, device: str) -> dict[str, Any]:

@@ -8,8 +8,6 @@ and the SHA-256 of whole shards when asked (`LatentCache.verify`).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -22,12 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from nextblock.data.latents.shards import Shard, ShardRecord
 from nextblock.data.preprocess import Preprocessing
-from nextblock.durable import write_whole as write_whole  # for those who write beside it
-from nextblock.errors import DataError, nearest
+from nextblock.data.shard_folder import holds, known_labels, read_sealed, sealed, similar_folders
+from nextblock.data.stream import BadSample
+from nextblock.durable import sha256_of, write_whole
+from nextblock.errors import DataError
 
 FORMAT = 2  # 1 had no check of labels and names
 ABOUT = "latents.json"
-HASH = "sha256"  # of all else that latents.json says
+_OF_PREPROCESSING = "preprocessing_sha256"
 
 
 @dataclass(frozen=True)
@@ -72,56 +72,37 @@ class About:
         """Of both flips."""
         return 2 * math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
+    @property
+    def bad(self) -> list[BadSample]:
+        """Images that were left out so far."""
+        return [sample for record in self.shards.values() for sample in record.bad]
+
     def write(self, folder: Path) -> None:
         """Write latents.json whole or not at all."""
-        values = {"format": FORMAT, "preprocessing_sha256": digest({"crop": self.crop, **self.preprocessing})}
-        values |= dataclasses.asdict(self)
-        values[HASH] = digest(json.loads(json.dumps(values)))
-        write_whole(folder / ABOUT, (json.dumps(values, indent=1) + "\n").encode())
+        values = {"format": FORMAT, _OF_PREPROCESSING: sha256_of({"crop": self.crop, **self.preprocessing})}
+        write_whole(folder / ABOUT, sealed(values | dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> About:
         """Raises DataError when there is none that can be understood."""
-        path = folder / ABOUT
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise DataError(
-                    f"{folder} is a latent cache of format {values['format']}; this version reads {FORMAT}. "
-                    "Make it anew with nextblock cache-latents."
-                )
-            _require_unchanged(values)
-            shards = {int(number): ShardRecord.from_dict(record) for number, record in values["shards"].items()}
-            known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+        names = [field.name for field in dataclasses.fields(cls)]
+        anew = "Make it anew with nextblock cache-latents."
+        with read_sealed(folder / ABOUT, [*names, _OF_PREPROCESSING], FORMAT, anew) as values:
+            shards = {int(n): ShardRecord.from_dict(int(n), record) for n, record in values["shards"].items()}
+            known = {name: values[name] for name in names}
             return cls(**known | {"shape": tuple(values["shape"]), "shards": shards})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
-
-
-def digest(values: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _require_unchanged(values: dict[str, Any]) -> None:
-    """Raise ValueError when they are not what was written. Caches of before there was a hash have none."""
-    said = {name: value for name, value in values.items() if name != HASH}
-    names = {"format", "preprocessing_sha256", *(field.name for field in dataclasses.fields(About))}
-    if values.get(HASH, digest(said)) != digest(said) or not set(said) <= names:
-        raise ValueError("it is not what was written")
 
 
 def is_latent_cache(path: str | os.PathLike[str]) -> bool:
     """Whether the folder `path` is one, finished or not."""
-    return (Path(path) / ABOUT).is_file()
+    return holds(path, ABOUT)
 
 
 def open_latents(folder: str | os.PathLike[str]) -> LatentCache:
     """Open a finished latent cache. Raises DataError, saying what to do, for anything else or a damaged one."""
     folder = Path(folder).expanduser()
     if not is_latent_cache(folder):
-        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = "" if folder.is_dir() else nearest(folder.name, siblings)
+        hint = similar_folders(folder)
         raise DataError(f"{folder} is no latent cache: it has no {ABOUT}.{hint} nextblock cache-latents makes one.")
     about = About.read(folder)
     if not about.finished:
@@ -145,9 +126,7 @@ def require_known(
     if not wrong.any():
         return
     first = int(wrong.argmax())
-    there = "negative labels other than -1 (none) mean nothing"
-    if classes is not None:
-        there = f"there {'is 1 class' if len(classes) == 1 else f'are {len(classes)} classes'}, numbered from 0"
+    there = known_labels(None if classes is None else len(classes))
     raise DataError(
         f"{where}: {name(first)} has the label {labels[first]}, but {there}. Mend the labels or the class names of the "
         "images, and make the cache anew with another --out of nextblock cache-latents."
@@ -170,7 +149,7 @@ class LatentCache:
         self._ends = np.cumsum([shard.record.images for shard in self._shards])
         self.labels: NDArray[np.int64] = np.concatenate([np.array(shard.array("labels")) for shard in self._shards])
         made_of = [about.vae["sha256"], about.preprocessing, about.classes]
-        self.fingerprint = digest([*made_of, *(shard.record.sha256 for shard in self._shards)])
+        self.fingerprint = sha256_of([*made_of, *(shard.record.sha256 for shard in self._shards)])
         count = len(about.classes or ())
         named = f"{count} class{'' if count == 1 else 'es'}" if count else "no class names"
         self.description = (

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -17,17 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nextblock.data.latents.cache import About, require_known, write_whole
+from nextblock.data.latents.cache import About, require_known
 from nextblock.data.latents.crop import CroppedImages
 from nextblock.data.latents.shards import ShardRecord, write_shard
 from nextblock.data.loading import TIMEOUT_S, training_batches
 from nextblock.data.preprocess import Preprocessing, normalize
+from nextblock.data.shard_folder import BAD_SAMPLES, require_few_bad, write_bad_samples
 from nextblock.data.sources import Source
 from nextblock.data.stream import BadSample, Batch
 from nextblock.errors import DataError
 from nextblock.vae import Autoencoder
 
-BAD_SAMPLES = "bad_samples.csv"
 # A CPU's caches hold a few layers' values of so many pixels; more at a time are fetched from memory by every layer, and
 # fresh memory from the system costs more than the arithmetic.
 CPU_PASS_PIXELS = 2**15
@@ -88,7 +86,7 @@ class Maker:
             if whole and not any(record.images for record in about.shards.values()):
                 raise DataError(f"none of the images can be decoded: see {self.folder / BAD_SAMPLES}.")
             if made or whole:
-                _write_bad_samples(self.folder, about.shards, [])
+                write_bad_samples(self.folder, about.bad)
                 about = dataclasses.replace(about, finished=whole)
                 about.write(self.folder)
         return about
@@ -104,7 +102,7 @@ class Maker:
             if self.stop_asked():
                 raise KeyboardInterrupt  # the shard that is being made is lost, those before are recorded
             bad += batch.bad
-            self._require_few(about, bad)
+            require_few_bad(self.folder, [*about.bad, *bad], self.max_bad)
             called = [self.source.name(int(index)) for index in batch.indices]
             if called:
                 require_known(batch.labels.numpy(), about.classes, called.__getitem__, "the images")
@@ -121,15 +119,6 @@ class Maker:
                 f"cannot write to {self.folder}: {error.strerror or error}. When there is room again, go on with: "
                 f"nextblock cache-latents --resume {self.folder}"
             ) from error
-
-    def _require_few(self, about: About, bad: Sequence[BadSample]) -> None:
-        count = len(bad) + sum(len(record.bad) for record in about.shards.values())
-        if count > self.max_bad:
-            _write_bad_samples(self.folder, about.shards, bad)
-            raise DataError(
-                f"{count} images cannot be decoded, more than the {self.max_bad} allowed. They are listed in "
-                f"{self.folder / BAD_SAMPLES}. Mend or remove them, or raise max_bad_fraction."
-            )
 
 
 def lacking(about: About, numbers: Sequence[int] | None = None) -> list[int]:
@@ -183,13 +172,3 @@ def _both_moments(vae: Autoencoder, x: Tensor) -> Tensor:
     few = max(1, CPU_PASS_PIXELS // (x.shape[2] * x.shape[3]))
     moments = torch.cat([vae.moments(both[start : start + few]) for start in range(0, len(both), few)])
     return moments.reshape(len(x), 2, *moments.shape[1:])
-
-
-def _write_bad_samples(folder: Path, shards: dict[int, ShardRecord], more: Sequence[BadSample]) -> None:
-    """List what is left out; there is no file where nothing is."""
-    found = [sample for record in shards.values() for sample in record.bad]
-    if not found and not more:
-        return
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([("name", "reason", "position"), *found, *more])
-    write_whole(folder / BAD_SAMPLES, text.getvalue().encode(errors="surrogateescape"))

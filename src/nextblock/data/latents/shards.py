@@ -7,7 +7,6 @@ where each one ends.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -20,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from nextblock.data.shard_folder import fault_of_content, fault_of_size, require_own_name
 from nextblock.data.stream import BadSample
-from nextblock.durable import flush_file, give_name
+from nextblock.durable import file_sha256, flush_file, give_name
 from nextblock.errors import DataError
 
 DTYPES: dict[str, tuple[str, type[np.generic]]] = {
@@ -48,7 +48,9 @@ class ShardRecord:
     bad: tuple[BadSample, ...] = ()
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ShardRecord:
+    def from_dict(cls, number: int, values: dict[str, Any]) -> ShardRecord:
+        """Of shard `number`. Raises ValueError when its file has another name than that number gives it."""
+        require_own_name(values["file"], shard_name(number))
         return cls(**{**values, "bad": tuple(BadSample(*sample) for sample in values["bad"])})
 
 
@@ -92,12 +94,6 @@ def write_shard(
     return record
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Shard:
     """A shard for reading. The file is mapped when first read, and again in every process that gets this object."""
 
@@ -110,13 +106,8 @@ class Shard:
 
     def require_size(self) -> None:
         """Raise DataError when the file is missing or has not the bytes that were written."""
-        try:
-            size = self.path.stat().st_size
-        except OSError as error:
-            raise self._damaged(f"it cannot be read ({(error.strerror or '').lower()})") from error
-        if size != self.record.bytes:
-            what = "truncated" if size < self.record.bytes else "too long"
-            raise self._damaged(f"it is {what}, {size:,} bytes instead of {self.record.bytes:,}")
+        if fault := fault_of_size(self.path, self.record.bytes):
+            raise self._damaged(fault)
 
     def require_facts(self) -> None:
         """Raise DataError when something other than the moments is not what was written: labels, names, checks."""
@@ -129,9 +120,8 @@ class Shard:
 
     def require_whole(self) -> None:
         """`require_size`, and the SHA-256. Reads the whole file."""
-        self.require_size()
-        if file_sha256(self.path) != self.record.sha256:
-            raise self._damaged("its SHA-256 is not the one recorded when it was written")
+        if fault := fault_of_content(self.path, self.record.bytes, self.record.sha256):
+            raise self._damaged(fault)
 
     def read(self, row: int, flip: bool) -> NDArray[Any]:
         """Moments [2C, h, w] of one image. Raises DataError when they are not those that were written."""

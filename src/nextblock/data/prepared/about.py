@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -15,11 +13,10 @@ from typing import Any
 from nextblock.data.prepared.encoding import Encoding
 from nextblock.data.prepared.index import IndexRecord
 from nextblock.data.prepared.shards import ShardRecord
-from nextblock.errors import DataError
+from nextblock.data.shard_folder import holds, read_sealed, sealed
 
 FORMAT = 1
 ABOUT = "prepared.json"
-HASH = "sha256"  # of all else that prepared.json says
 
 
 @dataclass(frozen=True)
@@ -87,46 +84,23 @@ class About:
         return dataclasses.replace(self, cuts=cuts, shards=dict(sorted(shards.items())), index=None)
 
     def to_json(self) -> bytes:
-        values = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
-        return (json.dumps(values | {HASH: _digest(values)}, indent=1) + "\n").encode()
+        return sealed({"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> About:
         """Raises DataError when there is none that can be understood."""
-        path = folder / ABOUT
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise DataError(
-                    f"{folder} holds prepared images of format {values['format']}; this version reads {FORMAT}. "
-                    "Make them anew with nextblock prepare."
-                )
-            _require_unchanged(values)
-            known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
-            return cls(**known | {
+        names = [field.name for field in dataclasses.fields(cls)]
+        with read_sealed(folder / ABOUT, names, FORMAT, "Make them anew with nextblock prepare.") as values:
+            index = values["index"]
+            return cls(**{name: values[name] for name in names} | {
                 "encoding": Encoding(**values["encoding"]),
                 "cuts": tuple(values["cuts"]),
                 "options": tuple(values["options"]),
-                "shards": {int(number): ShardRecord.from_dict(record) for number, record in values["shards"].items()},
-                "index": None if values["index"] is None else IndexRecord(**values["index"]),
+                "shards": {int(n): ShardRecord.from_dict(int(n), record) for n, record in values["shards"].items()},
+                "index": None if index is None else IndexRecord(**index),
             })  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
-
-
-def _require_unchanged(values: dict[str, Any]) -> None:
-    """Raise ValueError when they are not what was written. What was made before there was a hash has none."""
-    said = {name: value for name, value in values.items() if name != HASH}
-    names = {"format", *(field.name for field in dataclasses.fields(About))}
-    if values.get(HASH, _digest(said)) != _digest(said) or not set(said) <= names:
-        raise ValueError("it is not what was written")
-
-
-def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
     """Whether the folder `path` holds prepared images, finished or not."""
-    return os.path.isfile(os.path.join(path, ABOUT))
+    return holds(path, ABOUT)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from nextblock.data.heartbeat import reading
-from nextblock.data.latents.cache import write_whole
 from nextblock.data.loading import TIMEOUT_S, training_batches
 from nextblock.data.prepared.about import ABOUT, About
 from nextblock.data.prepared.encoding import Encoding, encode, original_bytes
 from nextblock.data.prepared.index import write_index
 from nextblock.data.prepared.pieces import Image, read_images, remove_pieces, write_piece
 from nextblock.data.prepared.shards import ShardRecord, ShardWriter
+from nextblock.data.shard_folder import BAD_SAMPLES, known_labels, require_few_bad, write_bad_samples
 from nextblock.data.sources import Source
 from nextblock.data.stream import BadSample
+from nextblock.durable import write_whole
 from nextblock.errors import DataError, SampleError
 
-BAD_SAMPLES = "bad_samples.csv"
 _TOGETHER = 16  # images that a worker hands over at once
 _LABELS = np.iinfo(np.int32)
 
@@ -121,7 +119,7 @@ class Maker:
         for image in images:
             if isinstance(image, BadSample):
                 bad.append((image.name, image.reason, image.position))
-                self._require_few(about, bad)
+                require_few_bad(self.folder, [*about.bad, *bad], self.max_bad)
             else:
                 _require_known(image, about.classes)
             yield image
@@ -155,7 +153,7 @@ class Maker:
             for image in images:
                 if isinstance(image, BadSample):
                     bad.append((image.name, image.reason, image.position))
-                    self._require_few(about, bad)
+                    require_few_bad(self.folder, [*about.bad, *bad], self.max_bad)
                 else:
                     _require_known(image, about.classes)
                     with self._writing():
@@ -174,15 +172,6 @@ class Maker:
             write_about(self.folder, about)
         return about
 
-    def _require_few(self, about: About, bad: Sequence[tuple[str, str, int]]) -> None:
-        count = len(bad) + len(about.bad)
-        if count > self.max_bad:
-            write_bad_samples(self.folder, [*about.bad, *bad])
-            raise DataError(
-                f"{count} images cannot be decoded, more than the {self.max_bad} allowed. They are listed in "
-                f"{self.folder / BAD_SAMPLES}. Mend or remove them, or raise max_bad_fraction."
-            )
-
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -199,22 +188,11 @@ def write_about(folder: Path, about: About) -> None:
     write_whole(folder / ABOUT, about.to_json())
 
 
-def write_bad_samples(folder: Path, bad: Sequence[tuple[str, str, int]]) -> None:
-    """List what is left out; there is no file where nothing is."""
-    if not bad:
-        return
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(chain([("name", "reason", "position")], bad))
-    write_whole(folder / BAD_SAMPLES, text.getvalue().encode(errors="surrogateescape"))
-
-
 def _require_known(image: Image, classes: Sequence[str] | None) -> None:
     """Raise DataError for a label that is no class."""
     most = _LABELS.max if classes is None else len(classes) - 1
     if not -1 <= image.label <= most:
-        there = f"labels go from 0 to {most}, and -1 means none"
-        if classes is not None:
-            there = f"there {'is 1 class' if len(classes) == 1 else f'are {len(classes)} classes'}, numbered from 0"
+        there = f"labels go from 0 to {most}, and -1 means none" if classes is None else known_labels(len(classes))
         raise DataError(
             f"the images: {image.name} has the label {image.label}, but {there}. Mend the labels or the class names, "
             "and take another --out."

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nextblock.data.latents.cache import write_whole
 from nextblock.data.stream import BadSample
+from nextblock.durable import write_whole
 from nextblock.errors import DataError
 
 FOLDER = ".pieces"

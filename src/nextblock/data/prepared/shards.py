@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nextblock.data.shard_folder import fault_of_content, fault_of_size, require_own_name
 from nextblock.durable import give_name
 from nextblock.errors import DataError
 
@@ -46,27 +47,21 @@ class ShardRecord:
     bad: tuple[tuple[str, str, int], ...] = ()
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ShardRecord:
+    def from_dict(cls, number: int, values: dict[str, Any]) -> ShardRecord:
+        """Of shard `number`. Raises ValueError when its file has another name than that number gives it."""
+        require_own_name(values["file"], shard_name(number))
         bad = tuple((str(name), str(reason), int(position)) for name, reason, position in values["bad"])
         return cls(**{**values, "bad": bad})
 
     def require_size(self, folder: Path) -> None:
         """Raise DataError when the file is missing or has not the bytes that were written."""
-        try:
-            size = (folder / self.file).stat().st_size
-        except OSError as error:
-            raise damaged(folder, self.file, f"it cannot be read ({(error.strerror or '').lower()})") from error
-        if size != self.bytes:
-            what = "truncated" if size < self.bytes else "too long"
-            raise damaged(folder, self.file, f"it is {what}, {size:,} bytes instead of {self.bytes:,}")
+        if fault := fault_of_size(folder / self.file, self.bytes):
+            raise damaged(folder, self.file, fault)
 
     def require_whole(self, folder: Path) -> None:
         """`require_size`, and the SHA-256. Reads the whole file."""
-        self.require_size(folder)
-        with open(folder / self.file, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.sha256:
-            raise damaged(folder, self.file, "its SHA-256 is not the one recorded when it was written")
+        if fault := fault_of_content(folder / self.file, self.bytes, self.sha256):
+            raise damaged(folder, self.file, fault)
 
 
 class Facts(NamedTuple):

@@ -25,8 +25,9 @@ from nextblock.data.prepared.about import ABOUT, About, is_prepared
 from nextblock.data.prepared.encoding import stored
 from nextblock.data.prepared.index import map_index
 from nextblock.data.prepared.shards import Facts
+from nextblock.data.shard_folder import similar_folders
 from nextblock.data.sources.protocol import Sample
-from nextblock.errors import DataError, SampleError, nearest
+from nextblock.errors import DataError, SampleError
 
 OPEN_FILES = 128  # of an image source, of the 1024 that a process usually may have
 _ATTEMPTS = 4
@@ -36,8 +37,7 @@ def open_prepared(folder: str | os.PathLike[str]) -> PreparedImages:
     """Open prepared images. Raises DataError, saying what to do, where there are none, unfinished or damaged ones."""
     folder = Path(folder).expanduser()
     if not is_prepared(folder):
-        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = "" if folder.is_dir() else nearest(folder.name, siblings)
+        hint = similar_folders(folder)
         raise DataError(f"{folder} holds no prepared images: it has no {ABOUT}.{hint} nextblock prepare makes them.")
     about = About.read(folder)
     if about.index is None:

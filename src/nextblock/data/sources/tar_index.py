@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from nextblock.data.cache_folder import default_cache
 from nextblock.data.sources.tar_members import Read
 from nextblock.data.sources.tar_samples import END, ROW, Wanted, samples_of
+from nextblock.durable import sha256_of
 from nextblock.errors import DataError
 
 FORMAT = 2  # 1 had no hash of its header
@@ -120,7 +121,7 @@ def _made(tar: Tar, stamp: Stamp, wanted: Wanted, path: Path) -> tuple[Header, I
     seen = dict(samples.seen.most_common(20))
     header = Header(stamp, len(samples.rows), labelled, len(samples.names), digest, dict(samples.skipped), seen)
     values = {"format": FORMAT, **asdict(header)}
-    line = json.dumps(values | {"sha256": _header_sha256(values)}).encode()
+    line = json.dumps(values | {"sha256": sha256_of(values)}).encode()
     line = line.ljust(len(line) | 7) + b"\n"  # so that the numbers behind it are aligned
     _write(path, [line, *parts])
     written = _cached(path, stamp, check=False)
@@ -150,7 +151,7 @@ def _cached(path: Path, stamp: Stamp, check: bool) -> tuple[Header, Index] | Non
         with open(path, "rb") as file:
             line = file.readline(_LONGEST_HEADER)
         values = json.loads(line)
-        if values.pop("sha256") != _header_sha256(values) or values.pop("format") != FORMAT:
+        if values.pop("sha256") != sha256_of(values) or values.pop("format") != FORMAT:
             return None
         header = Header(**{**values, "stamp": Stamp(*values["stamp"])})
         body = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[len(line) :]
@@ -162,10 +163,6 @@ def _cached(path: Path, stamp: Stamp, check: bool) -> tuple[Header, Index] | Non
     if check and hashlib.sha256(body.data).hexdigest() != header.digest:
         return None
     return header, _split(body, header.count)
-
-
-def _header_sha256(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _split(body: NDArray[np.uint8], count: int) -> Index:
