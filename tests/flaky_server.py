@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+DRIP_S = 0.02
+
 
 @dataclass
 class Fault:
@@ -19,7 +21,8 @@ class Fault:
 
     what: a status to answer with, or "drop": the connection is closed without an answer; "stall": half the body, then
     silence; "cut": half the body, then the connection is closed; "short": half the body, announced as such;
-    "elsewhere": other bytes than were asked for; "whole": the whole file with status 200; "unsaid": no Content-Range.
+    "drip": a byte of the body each `DRIP_S`; "drip from the start": even of the headers; "elsewhere": other bytes than
+    were asked for; "whole": the whole file with status 200; "unsaid": no Content-Range.
     """
 
     what: int | str
@@ -37,6 +40,7 @@ class FlakyServer:
         self.connections = 0
         self.etags = True
         self.moved: dict[str, str] = {}
+        self.headers: dict[str, str] = {}  # of every answer
         self._released, self._lock = threading.Event(), threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"of": self}))
         self._server.daemon_threads = True
@@ -68,8 +72,9 @@ class FlakyServer:
                     return fault
         return None
 
-    def stall(self) -> None:
-        self._released.wait(30)
+    def stall(self, seconds: float = 30) -> bool:
+        """Whether the server ended meanwhile."""
+        return self._released.wait(seconds)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -83,6 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.of.connections += 1
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         self.of.seen.append((self.path, {key.lower(): value for key, value in self.headers.items()}))
         path = urlsplit(self.path).path
@@ -90,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         what = fault.what if fault else ""
         if what == "drop":
             self.close_connection = True
+        elif what == "drip from the start":
+            self._drip(b"HTTP/1.1 206 Partial Content\r\nX-Filler: " + bytes(1000))
         elif isinstance(what, int):
             self._send(what, b"it was told to fail", fault.headers if fault else {})
         elif path in self.of.moved:
@@ -121,9 +131,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str], what: str = "") -> None:
         self.send_response(status)
-        for key, value in ({"Content-Length": str(len(body))} | dict(headers)).items():
+        for key, value in ({"Content-Length": str(len(body))} | self.of.headers | dict(headers)).items():
             self.send_header(key, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
+        if what == "drip":
+            self._drip(body)
+            return
         try:
             self.wfile.write(body[: len(body) // 2] if what in ("cut", "stall") else body)
             self.wfile.flush()
@@ -133,3 +148,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         if what == "stall":
             self.of.stall()
+
+    def _drip(self, content: bytes) -> None:
+        self.close_connection = True
+        for byte in content:
+            try:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+            except OSError:  # whoever asked has gone
+                return
+            if self.of.stall(DRIP_S):
+                return

@@ -72,6 +72,7 @@ def test_the_verdict_is_that_of_the_rule() -> None:
     assert (row.ours, row.plain, row.met) == (5, 50.0, True)
 
 
+@pytest.mark.slow
 def test_quick_writes_results_and_a_picture_and_the_row_reads_them(tmp_path: Path) -> None:
     assert solvers.rows("cpu", results=tmp_path)[0].met == NOT_MEASURED
     solvers.main(["--quick", "--results", str(tmp_path)])

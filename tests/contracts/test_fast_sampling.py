@@ -31,6 +31,9 @@ ENTITIES: dict[str, dict[str, Any]] = {
 }
 
 
+SLOW = pytest.mark.slow  # each of them compiles for ten seconds and more
+
+
 def make(name: str = "cells") -> XAR:
     torch.manual_seed(0)
     return XAR(XARConfig(**(SMALL | ENTITIES[name]))).double()
@@ -97,7 +100,7 @@ def test_a_finished_entity_needs_the_last_layers_keys_and_values_only() -> None:
     assert seen == ["mlp", "out"] * (3 * model.ordering.num_entities)
 
 
-@pytest.mark.parametrize("name", ENTITIES)
+@pytest.mark.parametrize("name", [name if name == "cells" else pytest.param(name, marks=SLOW) for name in ENTITIES])
 def test_compiled_and_recorded_passes_sample_the_same(name: str) -> None:
     model = make(name)
     plain = drawn(model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flaky_server import Fault, FlakyServer
+from nextblock.data import heartbeat
 from nextblock.data.augment import CropConfig
 from nextblock.data.loading import training_batches
 from nextblock.data.preprocess import Preprocessing
@@ -145,7 +146,7 @@ def test_a_tar_that_changes_is_an_error(server, etags) -> None:
 def test_the_server_says_how_long_to_wait(server, monkeypatch) -> None:
     source = open_source(pattern(server))
     waits: list[float] = []
-    monkeypatch.setattr(tar_web.time, "sleep", waits.append)
+    monkeypatch.setattr(tar_web, "waiting", waits.append)
     asked = ("3", "9999", "Wed, 21 Oct 2026 07:28:00 GMT", "nan", "-5")
     server.faults = [Fault(429, headers={"Retry-After": wait}) for wait in asked]
     assert source[0].content == png(0)
@@ -157,7 +158,7 @@ def test_waits_double_and_differ_from_place_to_place(server, monkeypatch) -> Non
     source = open_source(pattern(server))
     monkeypatch.setattr(tar_web, "FIRST_WAIT_S", 0.5)
     waits: list[float] = []
-    monkeypatch.setattr(tar_web.time, "sleep", waits.append)
+    monkeypatch.setattr(tar_web, "waiting", waits.append)
     for index in (0, 1, 0):
         server.faults = [Fault(500, times=5)]
         source[index]
@@ -230,3 +231,48 @@ def test_a_host_that_does_not_answer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"6 tries to read byte 0 failed; the last time, .*refused"):
         open_source("http://127.0.0.1:9/x.tar")
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("what", ["drip", "drip from the start"])
+def test_a_server_that_drips_is_tried_again_and_told(server, monkeypatch, what) -> None:
+    """Each byte puts the socket's time-out off."""
+    source = open_source(pattern(server))
+    monkeypatch.setattr(web_connections, "PATIENCE_S", 0.25)
+    server.faults = [Fault(what, times=2)]
+    assert source[0].content == png(0)
+    server.faults = [Fault(what, times=10**6)]
+    start = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"train-000000.tar: 6 tries .* it sends [\d.]+ bytes a second, fewer than 1,024"
+    ):
+        source[0]
+    assert time.monotonic() - start < 6
+
+
+def test_a_server_that_drips_while_it_is_indexed(server, monkeypatch) -> None:
+    monkeypatch.setattr(web_connections, "PATIENCE_S", 0.25)
+    server.faults = [Fault("drip", times=10**6, after=1)]
+    with pytest.raises(DataError, match=r"6 tries to read byte 0 failed; .* bytes a second"):
+        open_source(pattern(server))
+
+
+def test_what_is_slow_but_comes_is_no_fault(server, monkeypatch) -> None:
+    """And whoever reads may take his time."""
+    source = open_source(pattern(server))
+    monkeypatch.setattr(web_connections, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(web_connections, "SLOWEST_BYTES_S", 10)
+    server.faults = [Fault("drip")]  # 50 bytes a second
+    server.seen.clear()
+    assert source[0].content == png(0)
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("fault", [Fault("stall", times=4), Fault(503, headers={"Retry-After": "1.5"})])
+def test_a_worker_that_tries_again_does_not_hang(server, monkeypatch, fault) -> None:
+    """Though all its tries take longer than a worker may be without signs of life."""
+    stream = stream_of(pattern(server))
+    monkeypatch.setattr(heartbeat, "_PIECE_S", 0.1)
+    server.faults = [fault]
+    (batch,) = training_batches(stream, [range(10)], workers=1, timeout_s=0.9)
+    assert len(batch) == 10
+    assert not fault.times

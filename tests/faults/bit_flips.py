@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,15 @@ from nextblock.checkpoints.pretrained import load_pretrained, read_about, save_p
 from nextblock.data.latents import open_latents
 from nextblock.data.loading import evaluation_batches
 from nextblock.data.prepared import open_prepared
+from nextblock.data.prepared.pieces import Image, read_images, write_piece
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources import open_source
-from nextblock.data.stream import Batch
+from nextblock.data.stream import BadSample, Batch
 from nextblock.errors import NextblockError
 from nextblock.evaluation.feature_cache import cached_features
+from nextblock.evaluation.features import Features
 from nextblock.jobs.cache_latents import cache_latents
+from nextblock.jobs.embed_parts import Parts
 from nextblock.jobs.prepare import prepare
 from nextblock.training.checkpoint import newest_checkpoint, save_checkpoint
 from nextblock.xtra.classifier import Classifier, HeadConfig, LayerMean
@@ -36,11 +40,13 @@ SAME = "not noticed: the same content"
 @dataclass(frozen=True)
 class Subject:
     """files: that are damaged, one at a time. use: reads all that anybody would, into a digest, and of JSON all that it
-    says; raises when damage is noticed. careful: reads what `use` may leave alone; None where there is nothing such."""
+    says; raises when damage is noticed. careful: reads what `use` may leave alone; None where there is nothing such.
+    slack: the endings of files some bytes of which mean nothing: white space of JSON, dates in a zip file."""
 
     files: list[Path]
     use: Callable[[], str]
     careful: Callable[[], object] | None = None
+    slack: tuple[str, ...] = (".json",)
 
 
 @dataclass
@@ -67,8 +73,8 @@ def damaged_at_random(subject: Subject, count: int, draw: random.Random) -> Dama
         file.write_bytes(damaged)
         try:
             came = _judged(subject, whole)
-            if file.suffix == ".json" and came == SAME:
-                came = "harmless: it says the same"  # white space
+            if file.suffix in subject.slack and came == SAME:
+                came = "harmless: it says the same"
         finally:
             file.write_bytes(content)
         found.tries[f"{how}: {came.partition(':')[0]}"] += 1
@@ -152,6 +158,46 @@ def prepared(folder: Path) -> Subject:
     return Subject(files, use, lambda: open_prepared(made).verify())
 
 
+def pieces(folder: Path) -> Subject:
+    """Pieces of images on their way to shards: contents, and what is known of them."""
+    images = [Image(i, f"{i}.png", i % 3 - 1, bytes(range(i, i + 9)), "png", 50 + i) for i in range(6)]
+    write_piece(folder, range(1024), [*images, BadSample("6.png", "the file is empty", 6)])
+    write_piece(folder, range(1024, 1030), [image._replace(position=1024 + image.position) for image in images])
+    whole = {file: file.read_bytes() for file in sorted((folder / ".pieces").iterdir())}
+
+    def use() -> str:
+        try:
+            return repr(list(read_images(folder, 1030, 0)))
+        finally:
+            for file, content in whole.items():
+                if not file.exists():  # what is known of damaged contents is removed
+                    file.write_bytes(content)
+
+    return Subject(list(whole), use)
+
+
+def parts(folder: Path) -> Subject:
+    """Parts of embedded images on their way to one file."""
+    source: Any = range(40)  # only its length is asked for
+    made = Parts(folder / "out.npz", source, batch_size=2)
+
+    def batches(indices: Sequence[int]) -> Iterator[Features]:
+        for start in range(0, len(indices), 2):
+            some = np.array(indices[start : start + 2])
+            bad = [BadSample("1.png", "the file is empty", 1)] if 1 in some else []
+            some = some[some != 1]
+            yield Features(np.sin(some[:, None] + np.arange(8.0)).astype(np.float32), some % 3, some, bad)
+
+    made.folder.mkdir()
+    made.make(made.lacking(), batches, "")
+
+    def use() -> str:
+        found = list(made.read())
+        return repr([[each.values.tolist(), each.labels.tolist(), each.indices.tolist(), each.bad] for each in found])
+
+    return Subject(sorted(made.folder.iterdir()), use, slack=(".npz",))
+
+
 def exported(folder: Path) -> Subject:
     """Exported weights, and what is said of them and of their images."""
     torch.manual_seed(0)
@@ -199,6 +245,8 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "checkpoints": checkpoints,
     "latent shards": latents,
     "prepared shards": prepared,
+    "prepared pieces": pieces,
+    "embedded parts": parts,
     "exported weights": exported,
     "kept features": features,
 }

@@ -123,7 +123,6 @@ class Killer:
     def _command(self) -> list[str]:
         if self.out.exists() and self.victim.begun(self.out):
             return self.victim.again(self.out)
-        shutil.rmtree(self.out, ignore_errors=True)
         return self.victim.begin(self.out)
 
     def _judge(self, way: str, code: int) -> None:

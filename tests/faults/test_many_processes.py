@@ -18,6 +18,7 @@ import pytest
 import tiny_generator
 from begin_or_continue import sections
 from forked_ranks import Ranks
+from nextblock.training.checkpoint import list_checkpoints
 from nextblock.training.run_folder import read_metrics
 from processes import start
 from tiny_run import flags, tiny, write_images
@@ -95,8 +96,32 @@ def test_other_processes_and_workers_continue_the_same_stream(
     ranks: Ranks, alone: Path, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / alone.name
-    for world, workers, stop_after in ((4, 1, 2), (2, 2, 3), (1, 4, 2), (1, 0, 0)):
+    for world, workers, stop_after in ((4, 1, 1), (2, 2, 2), (1, 4, 2), (1, 0, 0)):
         trained(ranks, out, images, world, workers=workers, stop_after=stop_after)
+    same(out, alone)
+
+
+def test_one_process_that_is_asked_stops_all(ranks: Ranks, alone: Path, images: Path, tmp_path: Path) -> None:
+    """Long before numbers are logged: what a scheduler allows for an end may be less."""
+    out, sections = tmp_path / alone.name, wanted(alone.name, images)
+    sections["training"] |= {"log_every_steps": 1000, "checkpoint_every_steps": 0}
+    arguments = {"kind": alone.name, "sections": sections, "out": str(out), "world": 2}
+    ranks.run("same_stream:train", 2, arguments | {"stop_after": 3, "asked_rank": 1})
+    assert [path.name for path in list_checkpoints(out / "checkpoints")][-1] == "step-00000004"
+    ranks.run("same_stream:train", 2, arguments)
+    assert seen(out) == seen(alone)
+
+
+def test_all_continue_from_the_checkpoint_that_the_first_one_chose(
+    ranks: Ranks, alone: Path, images: Path, tmp_path: Path
+) -> None:
+    """A network file system may show the newest one to some processes later than to others."""
+    out = tmp_path / alone.name
+    trained(ranks, out, images, 2, stop_after=4)
+    arguments = {"kind": out.name, "sections": wanted(out.name, images), "out": str(out), "world": 2}
+    with pytest.raises(AssertionError, match=r"process 1 cannot read what the first one read: .*step-0000000\d"):
+        ranks.run("same_stream:go_on_with_late_eyes", 2, arguments | {"seen_after_s": 100.0})
+    ranks.run("same_stream:go_on_with_late_eyes", 2, arguments | {"seen_after_s": 0.4})
     same(out, alone)
 
 

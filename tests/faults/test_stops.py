@@ -39,6 +39,40 @@ def steps(out: Path) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
+def test_a_start_that_was_killed_is_begun_again(server: ForkServer, tmp_path: Path) -> None:
+    """By the same command, also one that a launcher gives again and again, until there is a run to go on with."""
+    write_images(tmp_path / "images")
+    write_images(tmp_path / "val", per_class=4)
+    victim, out, log = victims(tmp_path)["xtra"], tmp_path / "run", tmp_path / "log"
+    command = [*victim.begin(out), "--resume", "auto"]
+    left = set()
+    for operation in (6, 12, 18, 22, 26):
+        assert ended(server, server.start(command, log, (f"/{out.name}/", operation))) == -signal.SIGKILL, (
+            log.read_text()
+        )
+        left.add(tuple(sorted(path.name for path in out.iterdir())))
+        assert not (out / "config.yaml").exists(), f"{operation} operations are too many for this test"
+    assert len(left) >= 3, left
+    assert ended(server, server.start(command, log)) == 0, log.read_text()
+
+
+def test_two_processes_do_not_train_in_one_folder(server: ForkServer, tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    write_images(tmp_path / "val", per_class=4)
+    victim, out = victims(tmp_path, length=4)["xtra"], tmp_path / "run"
+    first = server.start(victim.begin(out), tmp_path / "log")
+    while steps(out) < 2:
+        assert server.poll(first) is None, (tmp_path / "log").read_text()
+    for command in (victim.again(out), [*victim.begin(out), "--resume", "auto"]):
+        assert ended(server, server.start(command, tmp_path / "log-2")) == 1
+        assert f"another process trains in {out}" in (tmp_path / "log-2").read_text()
+    assert server.poll(first) is None, "the first one was to be still at it"
+    assert ended(server, first) == 0
+    found = [row["step"] for row in read_metrics(out / "metrics.csv")]
+    assert len(found) == len(set(found)) > 20
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "val", "run", "log", "log-2"}, "no lock is left"
+
+
 def test_a_stopped_run_saves_its_last_step_and_goes_on_exactly(server: ForkServer, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     write_images(tmp_path / "val", per_class=4)

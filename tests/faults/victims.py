@@ -39,7 +39,7 @@ class Victim:
     """A job that is killed.
 
     begin: the command for an output folder; again: the one that goes on, once `begun` says that there is something to
-    go on with (before that it is removed and begun anew). digest: what must be the same in the end. check: raises
+    go on with (before that `begin` is given again). digest: what must be the same in the end. check: raises
     AssertionError for a folder that must not be, at whatever moment it was killed; told the finished folder of an
     uninterrupted job, too. marks: what is done -> a pattern in the paths of the files that it touches. workers:
     whether it has worker processes.

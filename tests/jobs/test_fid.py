@@ -314,7 +314,7 @@ def test_a_folder_of_nextblock_sample_is_judged_by_its_images(tmp_path: Path) ->
     folder, images = SampleFolder(tmp_path / "samples", 30), noise(30, 0)
     folder.claim({"settings": {}, "source": {}})
     for number, image in enumerate(images):
-        folder.write(number, image)
+        folder.write_all({number: image})
     for path in (folder.sheet, folder.animation):
         Image.fromarray(noise(1, 5, size=50)[0]).save(path)
     found = fid(samples=folder.path, reference=images, pixels=True, workers=0, quiet=True)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from nextblock.data.prepared.about import About
@@ -59,6 +60,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow  # forked processes are killed in tests/faults
 def test_killed_and_stopped_jobs_end_with_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
     data, cut = write(tmp_path / "images"), tmp_path / "cut"
 

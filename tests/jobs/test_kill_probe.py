@@ -8,11 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from data_room.benchmark_folders import cifar10, eurosat
 
 from processes import finish, start
 
 
+@pytest.mark.slow  # forked processes are killed in tests/faults
 def test_a_killed_suite_does_not_do_finished_data_sets_again(run: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "datasets", tmp_path / "suite"
     cifar10(root)

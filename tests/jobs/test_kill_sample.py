@@ -51,6 +51,7 @@ def wait_for_images(process: subprocess.Popen[str], folder: Path, count: int) ->
     raise AssertionError(f"{count} images were not reached")
 
 
+@pytest.mark.slow  # forked processes are killed in tests/faults
 def test_killed_and_stopped_jobs_end_with_the_images_of_one_that_was_not(weights: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [str(weights), "--classes", "b,0", "--npz", *ASKED, "--out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,16 @@ PROBED = {
     "rows": [{"kind": NAME, "layers": "[1]", "lr": 1.0, "weight_decay": 0.0, "val_top1": None, "test_top1": 1.0}],
     "left_out": [(NAME, "broken", 0)],
 }  # fmt: skip
+
+
+def test_a_disk_that_refuses_all_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    told = r"cannot write .*x\.npz: Read-only file system\. Choose another --out"
+    with pytest.raises(RunError, match=told), written_whole(tmp_path / "x.npz"):
+        refuse()
 
 
 def test_a_finished_probe_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

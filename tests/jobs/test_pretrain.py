@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,11 @@ def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images")
     for path in list((folder / "top").iterdir())[:12]:
         path.write_bytes(b"not an image")
-    with pytest.raises(DataError, match=r"11 images cannot be decoded.*bad_samples.csv"):
+    with pytest.raises(DataError, match=r"11 images cannot be decoded.*bad_samples.csv") as error:
         start(tmp_path / "run", str(folder), {"training": {"epochs": 5}})
+    share = re.search(r"raise data\.max_bad_fraction: ([\d.]+) would bear", str(error.value))
+    assert share
+    assert pretrain(resume=tmp_path / "run", data={"max_bad_fraction": float(share[1])}, quiet=True).finished
 
 
 def test_a_run_is_never_overwritten(run: Path, images: Path) -> None:

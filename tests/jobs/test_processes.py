@@ -11,6 +11,7 @@ from processes import finish, start
 from tiny_run import flags, tiny
 
 
+@pytest.mark.slow  # forked processes do the same in tests/faults
 def test_two_processes_give_the_losses_of_one(images: Path, tmp_path: Path) -> None:
     # Looks fall between logs, so that processes which look at nothing must still record with the one that does.
     watch = {"pictures": 0, "every_epochs": 0.7}

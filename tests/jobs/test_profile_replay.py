@@ -70,7 +70,7 @@ def test_the_replay_names_the_first_layer_that_is_not_finite(
     first = next(row for row in found["pass"]["layers"] if row["share"])
     assert not found["finite"]
     assert f"are the output of layer {first['name']} (" in said
-    assert "8 of these 8 images are not finite alone." in said
+    assert "None of these 8 images is finite alone, so it is the weights, not the images" in said
     assert all(row["name"] in said for row in found["by_image"])
     kept, model = read_kept(given_up), XTRA(_config(given_up))
     model.load_state_dict(kept.weights)
@@ -185,8 +185,11 @@ def test_a_first_gradient_that_is_not_finite_is_told_as_one() -> None:
 
 def test_what_cannot_be_replayed_is_told(given_up: Path, images: Path, tmp_path: Path) -> None:
     run = given_up.parents[1]
+    assert profile(replay=run, quiet=True).folder == given_up
     with pytest.raises(RunError, match=f"holds no batch of a run.*There is {given_up}"):
-        profile(replay=run, quiet=True)
+        read_kept(run)
+    with pytest.raises(RunError, match="holds no batch of a run"):
+        profile(replay=images, quiet=True)
     with pytest.raises(ConfigError, match="leave out --config"):
         profile(replay=given_up, config="xtra_cifar10", quiet=True)
     copy = tmp_path / "copy"

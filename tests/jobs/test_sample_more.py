@@ -123,8 +123,8 @@ def test_killed_while_it_grows_and_given_again(
         if moment == "record":
             patch.setattr(sample_folder, "write_text", killed)
         elif moment == "last image":
-            write = SampleFolder.write
-            patch.setattr(SampleFolder, "write", lambda self, i, x: killed() if i == 7 else write(self, i, x))
+            write = SampleFolder.write_all
+            patch.setattr(SampleFolder, "write_all", lambda self, made: killed() if 7 in made else write(self, made))
         elif moment == "sheet":
             patch.setattr("nextblock.jobs.sample_run.draw_sheet", killed)
         elif moment == "sample file":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,14 @@ def torchrun(index: int, count: int) -> dict[str, str]:
     return {"RANK": str(index), "WORLD_SIZE": str(count), "LOCAL_RANK": str(index)}
 
 
+def together(count: int) -> list[dict[str, str]]:
+    """As torchrun has it for processes that talk to each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [torchrun(i, count) | place | {"LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"} for i in range(count)]
+
+
 def wait(server: ForkServer, pids: list[int]) -> list[int]:
     deadline = time.monotonic() + PATIENCE_S
     codes: dict[int, int] = {}
@@ -144,6 +153,24 @@ def test_shares_make_what_one_process_makes(name: str, server: ForkServer, mater
     assert job.made(cut) == job.made(whole)
 
 
+@pytest.mark.parametrize("name", ["sample", "suite"])
+def test_processes_of_torchrun_know_each_other(name: str, server: ForkServer, material: Path, tmp_path: Path) -> None:
+    job, log, out = jobs(material)[name], tmp_path / "log", tmp_path / "out"
+    options = [*job.command, "--out", str(out), *(["--probe.batch_size", "4"] if name == "suite" else [])]
+    codes = wait(server, [server.start(options, log, None, environment) for environment in together(2)])
+    assert codes == [0, 0], log.read_text()
+    told = "contact-sheet.png in" if name == "sample" else "2 of the 15 data sets"
+    assert log.read_text().count(told) == 1, "one of the two speaks"
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "out"}
+    if name == "suite":
+        results(out)
+        return
+    assert json.loads((out / "sample.json").read_text())["processes"] == 2
+    alone = tmp_path / "alone"
+    assert wait(server, [server.start([*job.command, "--out", str(alone)], log, None, {})]) == [0], log.read_text()
+    assert job.made(out) == job.made(alone)
+
+
 def test_which_share_is_ours() -> None:
     assert my_share({}) == Share(0, 1)
     assert array_share(array(2, 5)) == Share(2, 5)
@@ -163,6 +190,7 @@ def test_which_share_is_ours() -> None:
         ({"NEXTBLOCK_SHARE": "9/8"}, "no share 9 of 8"),
         (array(1, 3) | {"SLURM_ARRAY_TASK_ID": "5"}, r"task 5 .* none of 3 evenly spaced .*--array=0-2"),
         (array(1, 3) | {"SLURM_ARRAY_TASK_ID": "70"}, r"task 70 .* none of 3"),
+        ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT is not, so the number of tasks is not known"),
     ],
 )
 def test_what_is_no_share_is_refused(environment: dict[str, str], told: str) -> None:

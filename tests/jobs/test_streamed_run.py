@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import multiprocessing
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from faults.forked_ranks import Ranks
 from safetensors.torch import load_file
 
 from killed import Killed
+from nextblock.data import heartbeat
 from nextblock.errors import ConfigError, DataError, RunError
 from nextblock.jobs import training_run
 from nextblock.jobs.knn import knn
@@ -218,6 +223,35 @@ def test_a_batch_that_is_gone_is_not_kept(parquet: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(training_run, "train", exploding)
     with pytest.raises(RunError, match=r"not finite. The batch could not be kept: a streamed image is not read twice"):
         started(tmp_path / "run", wanted(parquet))
+
+
+def test_a_stream_that_hangs_is_told_as_soon_as_any_source(
+    rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(rows):
+            if number == 12 and multiprocessing.parent_process() is not None:
+                threading.Event().wait(60)
+            yield row
+
+    monkeypatch.setattr(heartbeat, "LOOK_S", 0.2)
+    made = datasets.IterableDataset.from_generator(stuck, features=_features())
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"data worker 0 hangs: after 1 s it is still reading stream epoch0/part0of1"):
+        started(tmp_path / "run", wanted(Path(), train=made, workers=1, timeout_s=1))
+    assert time.monotonic() - start < 15
+
+
+def test_a_broken_image_is_listed_once(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """And does not stop a run that meets it in each of many epochs."""
+    bad = {"image": {"bytes": b"no image", "path": None}, "label": False}
+    made = datasets.IterableDataset.from_generator(lambda: iter([*rows[:3], bad]), features=_features())
+    run = tmp_path / "run"
+    started(run, wanted(Path(), train=made, length=4))
+    with (run / "bad_samples.csv").open(newline="", encoding="utf-8") as file:
+        (listed,) = csv.DictReader(file)
+    assert listed["name"].startswith("stream sha256:")
+    assert read_metrics(run / "metrics.csv")[-1]["bad_samples"] == "1.0"
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return processes.start(arguments, "train-generator")
 
 
+@pytest.mark.slow  # forked processes do the same in tests/faults
 def test_two_processes_give_the_losses_of_one(images: Path, tmp_path: Path) -> None:
     sections = tiny(
         data={"train": images, "val": images},

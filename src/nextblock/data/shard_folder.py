@@ -10,8 +10,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,22 @@ def write_bad_samples(folder: Path, bad: Iterable[tuple[str, str, int]]) -> None
     write_whole(folder / BAD_SAMPLES, text.getvalue().encode(errors="surrogateescape"))
 
 
-def require_few_bad(folder: Path, bad: Iterable[tuple[str, str, int]], most: int) -> None:
-    """Raise DataError when more than `most` images are left out, and list them."""
+def require_few_bad(
+    folder: Path, bad: Iterable[tuple[str, str, int]], most: int,
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:  # fmt: skip
+    """Raise DataError when more than `most` images are left out, and list them; `alone` is held while they are, where
+    other processes may list theirs."""
     rows = list(bad)
-    if len(rows) > most:
-        write_bad_samples(folder, rows)
-        raise DataError(
-            f"{len(rows)} images cannot be decoded, more than the {most} allowed. They are listed in "
-            f"{folder / BAD_SAMPLES}. Mend or remove them, or raise max_bad_fraction."
-        )
+    if len(rows) <= most:
+        return
+    try:
+        with alone():
+            write_bad_samples(folder, rows)
+        listed = f"They are listed in {folder / BAD_SAMPLES}."
+    except OSError as error:
+        listed = f"The last one: {rows[-1][0]}: {rows[-1][1]} (no list of them: {error.strerror or error})."
+    raise DataError(
+        f"{len(rows)} images cannot be decoded, more than the {most} allowed. {listed} Mend or remove them, or raise "
+        "max_bad_fraction."
+    )

@@ -11,6 +11,7 @@ same number of ranks and processes only.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +22,19 @@ from torch.utils.data import get_worker_info
 
 from nextblock.data.augment import CropConfig
 from nextblock.data.decoders import PILLOW
+from nextblock.data.heartbeat import waiting
 from nextblock.data.loading import TIMEOUT_S, training_batches
 from nextblock.data.preprocess import Preprocessing
 from nextblock.data.sources.protocol import Sample
-from nextblock.data.sources.streamed import Row, StreamedImages
+from nextblock.data.sources.streamed import Interrupted, StreamedImages
+from nextblock.data.sources.streamed_rows import Row
 from nextblock.data.stream import Batch, TrainingStream
 from nextblock.errors import DataError, RunError
 from nextblock.randomness import key, permutation
 
 CHUNK = 1024  # rows that are permuted together, and held in memory by each process
+WAITS_S = (1.0, 4.0)  # before what broke off is read again; `datasets` has tries and waits of its own for a network
+_PATIENCE_S = 30.0  # what broke off after so long was tried for long enough
 _ENDLESS = 2**62
 
 
@@ -161,8 +166,18 @@ class _Parts:
         self.images, self.settings, self.stream, self.taken = images, settings, stream, taken
         self.places, self.batches = places, batches
         self.reader: _Reader | None = None
+        self.failed: Interrupted | None = None
 
     def load(self, positions: Sequence[int]) -> _Handed:
+        if self.failed is not None:  # what a worker reads ahead is not tried again for minutes
+            raise self.failed
+        try:
+            return self._load(positions)
+        except Interrupted as error:
+            self.failed = error
+            raise
+
+    def _load(self, positions: Sequence[int]) -> _Handed:
         if self.reader is None:
             worker = get_worker_info()
             # Batches go round the processes; the first one after a resume belongs to the one whose turn it was.
@@ -171,7 +186,9 @@ class _Parts:
             self.reader = _Reader(self.images, self.settings, part, self.places[part])
         self.taken.rows = dict(zip(positions, self.reader.take(len(positions)), strict=True))
         self.taken.spare = self.reader.rows
-        return _Handed(self.stream.load(positions), self.reader.part, self.reader.place)
+        batch = self.stream.load(positions)
+        self.taken.name_for_good(batch)
+        return _Handed(batch, self.reader.part, self.reader.place)
 
 
 class _Reader:
@@ -194,15 +211,19 @@ class _Reader:
         return found
 
     def _open(self) -> None:
-        """At the beginning of the chunk that the place is in, which is read again if some of it was used."""
+        """At the place: the chunk that it is in is read again if some of it was used."""
+        self._begin()
+        self.rows = []
+        if self.place.within:
+            self._read()
+
+    def _begin(self) -> None:
+        """At the beginning of the chunk that the place is in."""
         epoch = 1 + (key(self.settings.seed, f"streamed/epoch{self.place.epoch}") >> 34)  # 0 would not shuffle files
         self._dataset = self.images.part(self.part, self.parts, epoch)
         if self.place.dataset is not None:
             self._dataset.load_state_dict(self.place.dataset)
         self._chunks = self._dataset.iter(batch_size=self.settings.chunk)
-        self.rows = []
-        if self.place.within:
-            self._read()
 
     def _next_chunk(self) -> None:
         if self.rows:
@@ -221,11 +242,24 @@ class _Reader:
     def _read(self) -> bool:
         """Read and permute the next chunk; False at the end of the epoch."""
         where = f"epoch{self.place.epoch}/part{self.part}of{self.parts}/chunk{self.place.chunk}"
-        rows = self.images.next_rows(self._chunks, where)
+        rows = self._rows_of(where)
         if rows:
             order = permutation(self.settings.seed, f"streamed/{where}", len(rows))
             self.rows = [rows[number] for number in order.tolist()]
         return bool(rows)
+
+    def _rows_of(self, where: str) -> list[Row]:
+        """Of the next chunk, whose reading may break off and is then begun again: the same rows, or an error."""
+        for wait_s in WAITS_S:
+            start = time.monotonic()
+            try:
+                return self.images.next_rows(self._chunks, where)
+            except Interrupted:
+                if time.monotonic() - start > _PATIENCE_S:
+                    raise
+                waiting(wait_s)
+                self._begin()
+        return self.images.next_rows(self._chunks, where)
 
 
 class _Taken:
@@ -257,6 +291,12 @@ class _Taken:
 
     def name(self, index: int) -> str:
         return self._row(index).name
+
+    def name_for_good(self, batch: Batch) -> None:
+        """Call its broken images what they are called in every epoch: a run counts and lists each once."""
+        if batch.bad:
+            rows = {row.name: row for row in (*self.rows.values(), *self.spare)}
+            batch.bad = [sample._replace(name=rows[sample.name].lasting_name) for sample in batch.bad]
 
     def labels(self) -> None:
         return None

@@ -83,8 +83,8 @@ def tick_s(timeout_s: float) -> float:
 def arrived(batches: Any, beats: Heartbeats, workers: int, timeout_s: float) -> Iterator[Any]:
     """What the workers hand over, in order; `batches` is DataLoader's iterator.
 
-    Raises DataError when a worker died, or when the one whose turn it is began no sample for `timeout_s` while it was
-    waited for.
+    Raises DataError when a worker died, or when the one whose turn it is gave no sign of life for `timeout_s` while it
+    was waited for.
     """
     watch = _Watch(batches, beats, timeout_s)
     try:

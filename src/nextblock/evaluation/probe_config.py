@@ -59,7 +59,8 @@ class ProbeConfig:
         checkpoint_every_minutes: for --resume.
         precision: of encoder and heads: "auto" (bf16 on CUDA, else fp32), "fp32" or "bf16".
         device: "auto", "cpu" or "cuda".
-        devices: how many; BatchNorm then sees the share of the batch that its device has.
+        devices: how many, where torchrun or srun does not say it; BatchNorm then sees the share of the batch that
+            its device has.
         seed: of everything drawn.
     """
 

@@ -17,6 +17,7 @@ from nextblock.data.loading import default_workers
 from nextblock.data.sources import Source
 from nextblock.errors import SampleError
 from nextblock.ordering import as_pair
+from nextblock.training.launcher import launched
 from nextblock.xtra.config import PRESETS
 
 # side of the training image in px -> (patch px, patches along a cell); every one has 16 or more cells
@@ -112,7 +113,8 @@ def _choose_length(choice: Choice, images: int, device: str) -> None:
         choice.take("training", "scaled to the batch by its square root", lr=1e-3, lr_at_batch=lr_at_batch)
     seen = f"about {epochs * images:,.0f} images seen"
     choice.take("training", seen, epochs=epochs, warmup_epochs=round(epochs / 20, 2))
-    workers = default_workers(int(given.get("devices", 1)))
+    found = launched()
+    workers = default_workers(int(given.get("devices", 1)) if found is None else found.here)
     choice.take("data", "the cores of this machine, less one", workers=workers)
 
 

@@ -35,7 +35,8 @@ def doctor(*, quiet: bool = False) -> dict[str, str]:
     for name, value in found.items():
         console.print(f"{name:<22} {value}", highlight=False, markup=False, soft_wrap=True)
     actions = [name for name in found if name.startswith(("problem", "missing"))]
-    console.print(f"\n{len(actions)} things to look at." if actions else "\nNothing is missing.", highlight=False)
+    told = f"To look at: {len(actions)}." if actions else "Nothing is missing."
+    console.print(f"\n{told}", highlight=False)
     return found
 
 

@@ -129,7 +129,7 @@ def _share(
                 _write(target, parts.read(), parts.source, record, console)
                 parts.remove()
             else:
-                left = f" ({lacking} parts)" if lacking else ""
+                left = f" (parts: {lacking})" if lacking else ""
                 say(console, f"{share.told} is done; other processes embed the other images{left}")
     return target
 

@@ -6,7 +6,12 @@ The batches are those of one process, so the file is the same to the byte.
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +22,7 @@ import numpy as np
 
 from nextblock.data.sources import Source
 from nextblock.data.stream import BadSample
-from nextblock.errors import RunError
+from nextblock.errors import DataError, RunError
 from nextblock.evaluation.features import Features
 from nextblock.jobs.images_record import images_record
 from nextblock.jobs.output import written_whole
@@ -28,6 +33,10 @@ from nextblock.training.signals import StopRequest
 BATCHES = 16  # in a part
 ASKED = "asked.json"
 _FACTS = ("labels", "indices", "bad")
+# What zipfile, its decompressors and numpy raise for damaged files. A change of values only is a BadZipFile: zip files
+# hold a CRC-32 of each array.
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RuntimeError,
+           zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,13 +89,20 @@ class Parts:
             raise stopped(advice, stop.received) from error
 
     def read(self) -> Iterator[Features]:
-        """The batches of all parts, in order."""
+        """The batches of all parts, in order.
+
+        Raises DataError for a part that is lacking or damaged; the latter is removed, to be made anew.
+        """
         for number in range(-(-len(self.source) // (BATCHES * self.batch_size))):
-            with np.load(self._file(number), allow_pickle=False) as file:
-                for i in range(int(file["batches"])):
-                    labels, indices, bad = (file[f"{name}{i}"] for name in _FACTS)
-                    left_out = [BadSample(*sample) for sample in json.loads(str(bad))]
-                    yield Features(file[f"values{i}"], labels, indices, left_out)
+            try:
+                yield from _batches(self._file(number))
+            except _DAMAGE as error:
+                self._file(number).unlink(missing_ok=True)
+                images = self._indices(number)
+                raise DataError(
+                    f"the features of images {images.start} to {images.stop - 1}, made for {self.target}, cannot be "
+                    f"read: {type(error).__name__}: {error}. The same command makes them anew."
+                ) from error
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -112,6 +128,14 @@ class Parts:
 
     def _file(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.npz"
+
+
+def _batches(part: Path) -> Iterator[Features]:
+    with np.load(part, allow_pickle=False) as file:
+        for i in range(int(file["batches"])):
+            labels, indices, bad = (file[f"{name}{i}"] for name in _FACTS)
+            left_out = [BadSample(*sample) for sample in json.loads(str(bad))]
+            yield Features(file[f"values{i}"], labels, indices, left_out)
 
 
 def share_parts(

@@ -28,6 +28,7 @@ from nextblock.jobs.record import where
 from nextblock.jobs.starting import new_folder
 from nextblock.recipes.config import typed_section
 from nextblock.training.launch import launch, pick_device
+from nextblock.training.launcher import is_first
 from nextblock.training.run_folder import read_config, require_free, require_job
 
 # What may differ when a run goes on. Not the passes of a step: BatchNorm and mixing see a whole forward pass.
@@ -94,8 +95,7 @@ def finetune(
     made.model.encoder.load_state_dict(opened.encoder.state_dict())
     made.require_room()
     folder = new_folder(made.fabric, out, "finetune")
-    made.write_record(folder)
-    return made.train(folder)
+    return made.begin(folder)
 
 
 def _resume(
@@ -144,7 +144,7 @@ def _chosen(
     """The training section, completed by a choice for these images that is told (by one process)."""
     count = len(split_training(data.train, config, first.seed)[0])
     choice = choose_training(count, pick_device(first.device), given)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first():
         lines = [f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, "
                  f"{len(data.classes):,} classes. {data.note}".rstrip(), *choice.reasons]  # fmt: skip
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -127,6 +127,10 @@ class FinetuneRun(TrainingRun):
         """Train in `folder` from the start, or from a checkpoint's state."""
         return self._with_result(super().train(folder, state))
 
+    def begin(self, folder: Path) -> Finetuned:
+        """Start the run in `folder`, new or empty."""
+        return self._with_result(super().begin(folder))
+
     def go_on(self, folder: Path) -> Finetuned:
         """Continue a run, or finish it where only its test is missing."""
         if (folder / RESULT).is_file():

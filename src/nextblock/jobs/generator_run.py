@@ -123,9 +123,10 @@ class GeneratorRun(TrainingRun):
         return GeneratorWatch(self, folder)
 
     def finish(self, folder: Path) -> None:
-        """Export the averaged weights and the last ones, and draw the curves."""
+        """Draw the curves and export the last weights and the averaged ones, with which the run is finished."""
         if not self.fabric.is_global_zero:
             return
+        draw_curves_of(folder, self.say)
         exported = {"exported": "ema" if self.ema else "raw"} | ({"exported_raw": "raw"} if self.ema else {})
         for name, weights in reversed(exported.items()):  # "exported" last: with it the run is finished
             if self.ema and weights == "ema":
@@ -133,7 +134,6 @@ class GeneratorRun(TrainingRun):
                     self._export(folder, name, weights)
             else:
                 self._export(folder, name, weights)
-        draw_curves_of(folder, self.say)
         self.say(f"run folder: {folder}")
         self.say(
             f"weights:    {folder / 'exported'}" + (" (averaged; the last ones: exported_raw)" if self.ema else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -41,7 +41,8 @@ def written_whole(target: Path, option: str = "--out") -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}. Choose another {option}.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that refuses all: what it said first is what is told
+            beside.unlink(missing_ok=True)
 
 
 def require_some(count: int, bad: Sequence[BadSample]) -> None:

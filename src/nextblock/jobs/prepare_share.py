@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nextblock.data.prepared.about import About
 from nextblock.data.prepared.making import Maker
-from nextblock.data.prepared.pieces import is_made, pieces, remove_pieces
+from nextblock.data.prepared.pieces import bad_in_pieces, is_made, pieces, remove_pieces
 from nextblock.data.sources import Source
 from nextblock.jobs.output import say
 from nextblock.jobs.prepared_record import Asked, go_on
@@ -34,15 +34,19 @@ class Work:
     stop: StopRequest
 
     @contextmanager
-    def maker(self, about: About, doing: str, images: int, done: int) -> Iterator[Maker]:
-        """What makes so many `images`, of which some are `done`; raises Stopped, saying how to go on."""
+    def maker(
+        self, about: About, doing: str, images: int, done: int,
+        alone: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Iterator[Maker]:  # fmt: skip
+        """What makes so many `images`, of which some are `done`; raises Stopped, saying how to go on. alone: see
+        `Maker`."""
         most = max_bad_images(len(self.source), self.asked.max_bad_fraction)
         try:
             with self.stop, shard_bar(doing, images, done, self.console, _shard_line) as bar:
                 start = time.monotonic()
                 yield Maker(
                     self.folder, self.source, self.workers, most, on_images=bar.images, on_shard=bar.shard,
-                    stop_asked=self.stop,
+                    stop_asked=self.stop, alone=alone,
                 )  # fmt: skip
         except KeyboardInterrupt as error:
             advice = "stopped. To go on after the last whole shard, give the same command again: "
@@ -69,27 +73,29 @@ def make(work: Work, about: About) -> About:
 def make_share(work: Work, units: Units) -> About:
     """Encode this process's share of the images; make the shards of them where the others' are there, too.
 
-    Returns what is there then: with an index where it is all.
+    Returns what is there then: with an index where it is all. Too many broken images stop this share where it meets
+    them, counted with those that were found before it started; those of all shares together stop the last one.
     """
+    bad = bad_in_pieces(work.folder, len(work.source))  # and damaged pieces are lacking from now on
     mine = units.claim(_lacking(work.folder, len(work.source)))
     lacking = set(_lacking(work.folder, len(work.source)))  # some may have been made before they were this one's
     ranges = [piece for number, piece in enumerate(pieces(len(work.source))) if number in lacking & set(mine)]
     about, images = About.read(work.folder), sum(map(len, ranges))
     if ranges:
         work.tell(about, images, f" ({units.share.told})")
-        with work.maker(about, "preparing", images, 0) as maker:
-            maker.make_pieces(about, ranges)
+        with work.maker(about, "preparing", images, 0, units.alone) as maker:
+            maker.make_pieces(about, ranges, bad)
     if left := _lacking(work.folder, len(work.source)):
-        say(work.console, f"{units.share.told} is done; other processes prepare the other images ({len(left)} pieces)")
+        say(work.console, f"{units.share.told} is done; pieces that other processes make: {len(left)}")
         return About.read(work.folder)
     with units.last() as got:
         if got:
-            return _make_of_pieces(work)
+            return _make_of_pieces(work, units)
     say(work.console, "another process puts the shards together")
     return About.read(work.folder)
 
 
-def _make_of_pieces(work: Work) -> About:
+def _make_of_pieces(work: Work, units: Units) -> About:
     about = About.read(work.folder)
     if about.cuts:  # begun by a process that was killed, perhaps
         about = go_on(work.folder, about, work.asked, work.source, work.console)
@@ -97,7 +103,7 @@ def _make_of_pieces(work: Work) -> About:
         work.console.print("already complete", highlight=False)
     else:
         done = about.images + len(about.bad)
-        with work.maker(about, "putting together", about.count, done) as maker:
+        with work.maker(about, "putting together", about.count, done, units.alone) as maker:
             about = maker.make(about, of_pieces=True)
     remove_pieces(work.folder)
     return about

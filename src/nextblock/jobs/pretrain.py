@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from nextblock.jobs.starting import (
 from nextblock.jobs.streamed_run import images_of, run_on
 from nextblock.recipes.config import PRETRAIN, SECTIONS, merge, preset_layer, read_recipe, to_yaml, typed
 from nextblock.training.launch import launch, pick_device
+from nextblock.training.launcher import is_first
 
 WATCHED = {"watch.every_epochs", "watch.knn_k", "watch.max_images", "watch.pictures"}
 
@@ -84,10 +84,9 @@ def pretrain(
         initial_weights(init_from, run.model)
     run.require_room()
     folder = new_folder(run.fabric, out, str(config or "pretrain"))
-    run.write_record(folder)
     if config is None and not run.in_memory and init_from is None:
         run.say(f"the same run again: nextblock pretrain --config {folder / 'config.yaml'}")
-    return run.train(folder)
+    return run.begin(folder)
 
 
 def _chosen(
@@ -97,7 +96,7 @@ def _chosen(
     first = typed({name: section for name, section in values.items() if name != "model"})
     source = images_of(first, objects)
     choice = choose(source, pick_device(first.training.device), values, sized=sized)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first():
         lines = [f"{source.description}. No --config given, so this run is chosen for you:", *choice.reasons]
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return merge(choice.values, values)

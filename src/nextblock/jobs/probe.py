@@ -17,13 +17,13 @@ from nextblock.evaluation.probe_config import ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder, open_encoder
 from nextblock.jobs.probe_report import Probed, finish, read_result, tell
 from nextblock.jobs.probe_run import ProbeRun, Target, plain
-from nextblock.jobs.record import where
+from nextblock.jobs.record import alone_in, checkpoint_of_all, where
 from nextblock.jobs.segmentation import SegmentationConfig, is_segmentation, read_again, segment
 from nextblock.jobs.segmentation_report import Segmented
 from nextblock.jobs.share import array_share, require_named
 from nextblock.jobs.suite import Suite, require_suite, run_suite
 from nextblock.recipes.config import typed_section
-from nextblock.training.checkpoint import list_checkpoints, newest_checkpoint
+from nextblock.training.checkpoint import list_checkpoints
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import Fabric, launch
 from nextblock.training.run_folder import read_config, require_free, require_job
@@ -139,8 +139,9 @@ def _start(
     target = Target(os.path.abspath(os.path.expanduser(run)), **where(dataset, test, data_root))
     made = ProbeRun(target, config, opened, data, fabric, console)
     made.describe()
-    made.write_record(folder)
-    return _trained(made, folder, None)
+    with alone_in(fabric, folder):
+        made.write_record(folder)
+        return _trained(made, folder, None)
 
 
 def _go_on(
@@ -164,11 +165,13 @@ def _go_on(
     data = _open(dataset, target.test if target.test is not None else test, config, data_root or target.data_root)
     made = ProbeRun(target, config, open_encoder(target.run, "cpu"), data, fabric, console)
     made.check_record(folder)
-    if not list_checkpoints(folder / "checkpoints"):  # it was killed at its very beginning
-        return _trained(made, folder, None)
-    _, state = newest_checkpoint(folder / "checkpoints", made.say)
-    made.say(f"continuing {folder} after step {state['step']} of {made.plan.total_steps}")
-    return _trained(made, folder, state)
+    with alone_in(fabric, folder):
+        begun = fabric.broadcast(bool(list_checkpoints(folder / "checkpoints")))
+        if not begun:  # it was killed at its very beginning
+            return _trained(made, folder, None)
+        state = checkpoint_of_all(fabric, folder / "checkpoints", made.say)
+        made.say(f"continuing {folder} after step {state['step']} of {made.plan.total_steps}")
+        return _trained(made, folder, state)
 
 
 def _trained(made: ProbeRun, folder: Path, state: dict[str, Any] | None) -> Probed:

@@ -43,7 +43,7 @@ from nextblock.evaluation.probe_config import PUBLISHED_RANDAUGMENT, ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder
 from nextblock.jobs.probe_choice import require_readable, settled, split_rows, training_config
 from nextblock.jobs.record import described_with_labels, header, require_same, start_record
-from nextblock.training.launch import Fabric
+from nextblock.training.launch import Fabric, processes_here
 from nextblock.training.loop import Intervals, Meters, run_state, train
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
@@ -186,8 +186,9 @@ class ProbeRun:
         recorder = RunFolder(
             folder, images=len(self.train_rows), max_bad_fraction=self.config.max_bad_fraction, progress=progress,
             start_step=start, rank=fabric.global_rank, columns=COLUMNS, bad_option="probe.max_bad_fraction",
+            bad_may_change=False,
         )  # fmt: skip
-        heads = HeadLog(folder / "heads.csv", start)
+        heads = HeadLog(folder / "heads.csv", start) if fabric.is_global_zero else None
         every = self.config.evaluate_every_epochs
         looks = round(every * plan.steps_per_epoch) if every else plan.total_steps // 10
         intervals = Intervals(
@@ -205,7 +206,7 @@ class ProbeRun:
                 fabric, model, optimizer, self._batches(start), self._loss_of, plan, intervals, recorder,
                 start_step=start, meters=meters, update=trainer.update, stop_asked=stop,
                 extra_state=lambda: {"probe": trainer.state()},
-                evaluate=(lambda step: self._look(step, heads)) if fabric.is_global_zero else lambda step: {},
+                evaluate=lambda step: self._look(step, heads) if heads is not None else {},
             )  # fmt: skip
         if done == plan.total_steps:
             return 0
@@ -334,7 +335,7 @@ class ProbeRun:
         return np.flatnonzero(np.isin(present, rows))
 
     def _workers(self) -> int:
-        return default_workers(self.fabric.world_size) if self.config.workers < 0 else self.config.workers
+        return default_workers(processes_here(self.fabric)) if self.config.workers < 0 else self.config.workers
 
 
 def _again(folder: Path) -> str:

@@ -26,6 +26,7 @@ from nextblock.training.plan import Plan
 from nextblock.training.profile_numbers import loader_rate, memory_used
 from nextblock.training.profile_parts import Schedule
 from nextblock.training.profiling import StepProfiler
+from nextblock.training.replay import FOLDER as KEPT
 from nextblock.training.run_folder import claim_folder, to_json, write_text
 
 PREFETCHED = 8  # batches for each worker beyond the last step, so that none is idle while the last steps are timed
@@ -70,8 +71,9 @@ def profile(
         steps: so many with the parts timed, and as many without, mixed; three more are traced.
         warmup: steps before them.
         out: the folder to make, new or empty; by default a dated one under runs/.
-        replay: a batch that a training gave up on, RUN/nonfinite/step-NUMBER: it is run again, forward and backward,
-            to tell where its numbers stop being finite, and for which image. Takes sections, and no recipe.
+        replay: a batch that a training gave up on, RUN/nonfinite/step-NUMBER, or RUN for its last one: it is run again,
+            forward and backward, to tell where its numbers stop being finite, and for which image. Takes sections, and
+            no recipe.
         quiet: print nothing.
 
     Raises:
@@ -81,7 +83,7 @@ def profile(
     schedule = Schedule(steps, warmup)
     given = given_sections(data=data, model=model, training=training, watch=watch)
     if replay is not None:
-        return _replayed(Path(replay), given, {"config": config, "preset": preset, "out": out}, console)
+        return _replayed(_kept(Path(replay)), given, {"config": config, "preset": preset, "out": out}, console)
     objects = take_objects(given)
     kind, values = read(config, preset, given)
     run = make_run(kind, values, objects, console, chosen=config is None, sized=preset is not None)
@@ -96,6 +98,12 @@ def profile(
     write(folder, kind, told, found)
     tell(console, told, folder)
     return Profile(folder, told)
+
+
+def _kept(folder: Path) -> Path:
+    """The folder of a batch; of a run, that of the last one that it gave up on."""
+    batches = sorted((folder / KEPT).glob("step-*"))
+    return batches[-1] if batches else folder
 
 
 def _replayed(folder: Path, given: dict[str, dict[str, Any]], clash: dict[str, Any], console: Console) -> Profile:

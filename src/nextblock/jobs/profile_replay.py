@@ -23,6 +23,7 @@ from nextblock.jobs.training_run import TrainingRun
 from nextblock.randomness import key
 from nextblock.recipes.config import merge
 from nextblock.training.launch import launch
+from nextblock.training.launcher import require_alone
 from nextblock.training.layer_numbers import LayerNumbers, LayerWatch
 from nextblock.training.optimizer import gradient_norm
 from nextblock.training.plan import Plan
@@ -70,6 +71,7 @@ def replayed(folder: Path, given: Mapping[str, Mapping[str, Any]], console: Cons
 
     Raises RunError when the folder is none that a training kept, ConfigError for a section that does not fit.
     """
+    require_alone("--replay")
     kept = read_kept(folder)
     run = _run_of(folder, kept, given, console)
     try:

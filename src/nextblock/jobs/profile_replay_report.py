@@ -61,8 +61,13 @@ def tell_replayed(console: Console, found: Mapping[str, Any], folder: Path) -> N
     count, wrong = len(found["by_image"]), sum(not row["finite"] for row in found["by_image"])
     if not found["finite"] and not wrong:
         say(f"Each of these {count} images is finite alone: it is the batch, or what was drawn for it.")
+    elif wrong == count > 1:
+        say(
+            f"None of these {count} images is finite alone, so it is the weights, not the images: earlier steps have "
+            "spoiled them. Start a new run with a lower training.lr."
+        )
     elif wrong:
-        say(f"{wrong} of these {count} images {'is' if wrong == 1 else 'are'} not finite alone.")
+        say(f"{wrong} of these {count} images {'is' if wrong == 1 else 'are'} not finite alone: look at them first.")
 
 
 def _layers(rows: list[dict[str, Any]]) -> Table:

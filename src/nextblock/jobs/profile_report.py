@@ -24,6 +24,7 @@ from nextblock.jobs.choose import typical_image
 from nextblock.jobs.profile_advice import Findings, Setting, advice
 from nextblock.jobs.training_run import TrainingRun
 from nextblock.training.flops import matmul_ceiling, model_flops, xtra_flops
+from nextblock.training.launch import processes_here
 from nextblock.training.memory import GIB
 from nextblock.training.profile_numbers import Memory, phase_times, spread, waiting_share
 from nextblock.training.profile_parts import Schedule, StepTime
@@ -137,7 +138,7 @@ def _setting(run: TrainingRun) -> Setting:
         compiled=training.compile,
         pinned=device == "cuda",
         workers=run.workers(),
-        cores=max(1, cores // max(1, run.fabric.world_size // training.nodes)),
+        cores=max(1, cores // processes_here(run.fabric)),
         threads=torch.get_num_threads(),
         batch=training.batch_size,
         pass_images=plan.largest_pass,

@@ -8,31 +8,100 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from nextblock.data.named import data_root as data_root_of
 from nextblock.data.named import is_named
 from nextblock.data.sources import Source, explain_change, fingerprint, is_local, known_labels
-from nextblock.errors import RunError
+from nextblock.errors import CheckpointError, RunError
+from nextblock.jobs.share import Share, Units
+from nextblock.training.checkpoint import newest_checkpoint, read_checkpoint
 from nextblock.training.launch import Fabric, on_first_process
-from nextblock.training.run_folder import claim_folder
+from nextblock.training.run_folder import claim_folder, remove_unborn
+
+SEEN_WITHIN_S = 60.0  # what the first process has written is seen by the others
 
 
 def start_record(fabric: Fabric, folder: Path, write: Callable[[Path], None]) -> None:
     """Claim the folder and let the first process `write` what the run is, its `config.yaml` last.
+
+    What a start has left that ended before there was a config.yaml is removed: a launcher may try again.
 
     Raises RunError, on every process, when the folder holds something or cannot be written.
     """
     problem: RunError | None = None
     if fabric.is_global_zero:
         try:
-            claim_folder(folder, f"Continue it with --resume {folder}, or choose another --out.")
+            remove_unborn(folder)
+            again = f"Continue it with --resume {folder}, or choose" if (folder / "config.yaml").exists() else "Choose"
+            claim_folder(folder, f"{again} another --out.")
             write(folder)
         except RunError as error:
             problem = error
     on_first_process(fabric, problem)
+
+
+@contextmanager
+def alone_in(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Hold a run's folder. Raises RunError, on every process, while another job trains in it.
+
+    The hold ends with the process, however it ends; two on different machines see each other where the file system
+    has locks.
+    """
+    problem: RunError | None = None
+    with Units(folder, Share()) if fabric.is_global_zero else nullcontext() as units:
+        if units is not None and not units.claim([0]):
+            problem = RunError(f"another process trains in {folder}. Wait for it or end it, or choose another --out.")
+        on_first_process(fabric, problem)
+        yield
+
+
+def checkpoint_of_all(fabric: Fabric, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The state in the newest whole checkpoint of a run. The first process chooses it, and all read the same one.
+
+    One that another process does not see yet, as happens on network file systems, is waited for. Raises
+    CheckpointError where there is none, RunError on every process where one of several cannot read it.
+    """
+    if fabric.world_size == 1:
+        return newest_checkpoint(folder, say)[1]
+    state, name, problem = None, "", None
+    if fabric.is_global_zero:
+        try:
+            path, state = newest_checkpoint(folder, say)
+            name = path.name
+        except CheckpointError as error:
+            problem = RunError(str(error))
+    on_first_process(fabric, problem)
+    name = fabric.broadcast(name)
+    if not fabric.is_global_zero:
+        try:
+            state = _patiently_read(folder / name)
+        except CheckpointError as error:
+            problem = RunError(f"process {fabric.global_rank} cannot read what the first one read: {error}")
+    _on_any_process(fabric, problem)
+    assert state is not None
+    return state
+
+
+def _on_any_process(fabric: Fabric, problem: RunError | None) -> None:
+    """Raise on every process what went wrong on some; the first one tells it."""
+    everyone: list[str | None] = [None] * fabric.world_size
+    dist.all_gather_object(everyone, None if problem is None else str(problem))
+    told = [each for each in everyone if each is not None]
+    on_first_process(fabric, RunError(" ".join(told)) if told else None)
+
+
+def _patiently_read(path: Path) -> dict[str, Any]:
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not path.is_dir() and time.monotonic() < deadline:
+        os.listdir(path.parent)  # which makes a network file system look again
+        time.sleep(0.5)
+    return read_checkpoint(path)
 
 
 def header(what: str) -> str:

@@ -94,12 +94,12 @@ class Run(TrainingRun):
         )  # fmt: skip
 
     def finish(self, folder: Path) -> None:
-        """Export the weights and draw the curves."""
+        """Draw the curves and export the weights, with which the run is finished."""
         if not self.fabric.is_global_zero:
             return
+        draw_curves_of(folder, self.say)
         card = model_card(self.config, folder, self.source.description, self.plan)
         save_pretrained(folder / "exported", self.model, self.preprocessing.to_dict(), card)
-        draw_curves_of(folder, self.say)
         self.say(f"run folder: {folder}")
         self.say(f"weights:    {folder / 'exported'}")
         self.say(f"pictures:   {folder / 'figures'}")

@@ -186,8 +186,7 @@ class SampleRun:
                 frames(entity, step, picture)
 
         images = self.maker.images(numbers, watch)
-        for number in missing:
-            folder.write(number, images[number - numbers.start])
+        folder.write_all({number: images[number - numbers.start] for number in missing})
         if frames:
             frames.draw(folder.animation, images, ordering, self.maker.decoded)
         return len(missing)

@@ -21,6 +21,7 @@ from nextblock.jobs.segmentation_report import Segmented, finish, segmented, tel
 from nextblock.jobs.segmentation_run import SegmentationRun
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import launch
+from nextblock.training.launcher import require_alone
 from nextblock.training.run_folder import claim_folder
 
 LRS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -98,6 +99,7 @@ def segment(
 
     Raises ConfigError, DataError, RunError or CheckpointError.
     """
+    require_alone("a segmentation probe")
     require_accepted(given)
     folder = Path(out) if out is not None else Path("runs") / f"segmentation-{time.strftime('%Y%m%d-%H%M%S')}"
     new = not folder.exists()

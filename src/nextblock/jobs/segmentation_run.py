@@ -236,7 +236,7 @@ class SegmentationRun:
         progress = TrainingProgress(self.plan.total_steps, quiet=self.console.quiet, console=self.console)
         recorder = _Recorder(
             folder, images=len(self.train_rows), max_bad_fraction=self.config.max_bad_fraction, progress=progress,
-            columns=COLUMNS, bad_option="probe.max_bad_fraction",
+            columns=COLUMNS, bad_option="probe.max_bad_fraction", bad_may_change=False,
         )  # fmt: skip
         with progress:
             train(

@@ -21,12 +21,14 @@ from types import TracebackType
 import torch
 
 from nextblock.errors import ConfigError, RunError
+from nextblock.training.launcher import VARIABLE, launched
 from nextblock.training.signals import Stopped, requeue
 
-VARIABLE = "NEXTBLOCK_SHARE"
 WAIT_S = 1800.0  # for another process that begins or records: it may have to list ten million images
 _POLL_S = 0.05
-_ALONE, _LAST, _FIRST_UNIT = 0, 1, 2  # bytes of the lock file
+_LEAVE_S = 10.0  # for another process that leaves at the same time
+# Bytes of the lock file. _HERE: all share it, from opening the file to leaving. _LEAVING: held while one leaves.
+_ALONE, _LAST, _HERE, _LEAVING, _FIRST_UNIT = range(5)
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _ARRAY = "SLURM_ARRAY_TASK_"
 
@@ -70,6 +72,11 @@ def array_share(environment: Mapping[str, str] = os.environ) -> Share:
         return Share() if given == "all" else _parsed(given)
     if f"{_ARRAY}ID" not in environment:
         return Share()
+    if f"{_ARRAY}COUNT" not in environment:
+        raise ConfigError(
+            f"{_ARRAY}ID is set, but {_ARRAY}COUNT is not, so the number of tasks is not known. Set {VARIABLE}=3/8 for "
+            f"the third of eight, or {VARIABLE}=all."
+        )
     number, first, step, count = (int(environment.get(_ARRAY + name, 1)) for name in ("ID", "MIN", "STEP", "COUNT"))
     index, rest = divmod(number - first, max(1, step))
     if rest or index >= count:
@@ -87,11 +94,8 @@ def my_share(environment: Mapping[str, str] = os.environ) -> Share:
     """
     if environment.get(VARIABLE) == "all":
         return Share()
-    own = Share()
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if rank in environment and world in environment:
-            own = Share(int(environment[rank]), int(environment[world]))
-            break
+    found = launched(environment)
+    own = Share() if found is None else Share(found.rank, found.world)
     return array_share(environment).divided(own)
 
 
@@ -130,7 +134,9 @@ def _parsed(given: str) -> Share:
 class Units:
     """The units of a job that makes `target`, as one process sees them that may not be the only one.
 
-    A context manager: what it has locked is free when it ends, however it ends. One for each target in a process.
+    A context manager: what it has locked is free when it ends, however it ends. One for each target in a process:
+    POSIX locks are the process's own, and all go when it closes the file once. The last process that leaves removes
+    the file; others lock the same one until then.
     Raises RunError where there are several shares and the file system has no locks; a single process goes without.
     """
 
@@ -154,7 +160,8 @@ class Units:
     ) -> None:
         if self._handle is None:
             return
-        if self._locked(0, length=0):  # from the first byte on: nobody else is at it
+        # One leaves at a time. Whoever is alone meanwhile opens the file or is at work, and so leaves later.
+        if self._waited(_LEAVING, _LEAVE_S) and self._locked(_ALONE) and self._locked(_HERE):
             self._file.unlink(missing_ok=True)
         self._close()
 
@@ -190,6 +197,7 @@ class Units:
             self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
             self._wait_alone()
             if self._handle is None or self._is_there(self._handle):
+                self._locked(_HERE, shared=True)  # never taken: who leaves tries it while alone only
                 self._release(_ALONE)
                 return
             self._close()
@@ -201,27 +209,33 @@ class Units:
             return False
 
     def _wait_alone(self) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not self._locked(_ALONE):
+        if not self._waited(_ALONE, WAIT_S):
+            raise RunError(
+                f"another process is at {self.target} for more than {WAIT_S / 60:.0f} minutes. Does it hang? End "
+                "it, and give the same command again."
+            )
+
+    def _waited(self, byte: int, patience_s: float) -> bool:
+        """Lock a byte as soon as it is free; False where it is not for so long."""
+        deadline = time.monotonic() + patience_s
+        while not self._locked(byte):
             if time.monotonic() > deadline:
-                raise RunError(
-                    f"another process is at {self.target} for more than {WAIT_S / 60:.0f} minutes. Does it hang? End "
-                    "it, and give the same command again."
-                )
+                return False
             time.sleep(_POLL_S)
+        return True
 
     def _close(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
 
-    def _locked(self, first: int, length: int = 1) -> bool:
+    def _locked(self, byte: int, shared: bool = False) -> bool:
         if self._handle is None:
             return True
         import fcntl  # not everywhere
 
         try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
+            fcntl.lockf(self._handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1, byte)
         except OSError as error:
             if error.errno in _TAKEN:
                 return False

@@ -23,8 +23,6 @@ from nextblock.recipes.config import PretrainConfig
 from nextblock.training.launch import Fabric
 from nextblock.training.run_folder import read_environment
 
-PATIENCE = 12  # times data.timeout_s: what is waited for is a chunk, and to go on a file is read from its beginning
-
 
 class StreamedRun(Run):
     """One run of `nextblock pretrain` on a stream. It goes on with the same number of processes and workers only.
@@ -63,7 +61,7 @@ class StreamedRun(Run):
             self.images, plan.batches(done), seed=config.training.seed, crop=config.data.crop(config.model),
             preprocessing=self.preprocessing, workers=self.workers(), rank=plan.rank, world=plan.world,
             decoder=chosen_decoder(config.data.decoder), state=None if state is None else state["streamed"],
-            pin_memory=self.fabric.device.type == "cuda", timeout_s=PATIENCE * self.settings().timeout_s,
+            pin_memory=self.fabric.device.type == "cuda", timeout_s=self.settings().timeout_s,
             passes=len(plan.micro_batches(0)),
         )  # fmt: skip
         if state is None:

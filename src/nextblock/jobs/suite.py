@@ -16,17 +16,19 @@ from rich.table import Table
 
 from nextblock.data.named import data_root, find, named
 from nextblock.data.named.published import PUBLISHED, SUITES
-from nextblock.errors import ConfigError, DataError, NextblockError, RunError, nearest
+from nextblock.errors import ConfigError, DataError, RunError, nearest
 from nextblock.figures.suite import draw_suite
 from nextblock.jobs.output import say
 from nextblock.jobs.probe_report import Probed, read_result
 from nextblock.jobs.share import Units, array_share
-from nextblock.training.launch import Fabric, on_first_process
+from nextblock.training.agreement import require_alike
+from nextblock.training.launch import Fabric, on_first_process, one_ends_all
 from nextblock.training.run_folder import claim_folder, read_json, to_json, write_text
 from nextblock.training.signals import requeue
 
 SIGNATURE = "suite.json"
 RESULTS = "results.jsonl"
+GO_ON = "The same command goes on with what is there."
 HEAD_KEYS = ("lr", "weight_decay", "layers", "mean_per_class", "macro_f1")
 
 
@@ -57,8 +59,8 @@ def run_suite(
     """Probe each data set of the suite that is on this machine; `one` does it in a folder, where it may be begun.
 
     A data set that fails is told, and the next one is taken. `signature` says what was asked of which weights; a
-    suite goes on only with the same. Raises RunError for a folder that holds something else, DataError when none of
-    the data sets is here.
+    suite goes on only with the same. Raises RunError for a folder that holds something else, and, on each of several
+    processes, where a data set fails on some of them only; DataError when none of the data sets is here.
     """
     if not fabric.is_global_zero:
         console = Console(quiet=True)
@@ -74,7 +76,8 @@ def run_suite(
         say(console, f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}")
         if len(mine) < len(here):
             say(console, f"{array_share().told}: {', '.join(mine) or 'none'}")
-        rows, received = _run_each(suite, names, here, mine, folder, fabric, units, console, one)
+        with one_ends_all(fabric, GO_ON):
+            rows, received = _run_each(suite, names, here, mine, folder, fabric, units, console, one)
     _tell(console, folder, suite, rows)
     return Suite(folder, rows, received)
 
@@ -108,8 +111,8 @@ def _run_each(
         begun = bool(fabric.broadcast(fabric.is_global_zero and _begun(folder / name)))  # as the first process sees it
         try:
             done = one(name, folder / name, begun)
-        except Exception as error:  # whatever it is, it must not cost the other data sets
-            reason = str(error) if isinstance(error, NextblockError) else f"{type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error:  # whatever it is, it must not cost the other data sets
+            reason = require_alike(fabric, name, error, GO_ON)
             say(console, f"failed: {reason}")
             rows.append({"dataset": name, "status": "failed", "reason": reason})
             continue
@@ -226,8 +229,9 @@ def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             own = [row["status"], ""]
         lines.append([named(row["dataset"]).title, *own, *(percent(published.get(p.model)) for p in PUBLISHED)])
     means = [percent(mean_of(rows, kind)) for kind in ("linear", "attentive")]
-    done = sum(row["status"] == "done" for row in rows)
-    lines.append([f"mean of {done}", *means, *(percent(p.mean) for p in PUBLISHED)])
+    done = [row["dataset"] for row in rows if row["status"] == "done"]
+    published_means = (p.mean if len(done) == len(rows) else p.mean_of(done) for p in PUBLISHED)
+    lines.append([f"mean of {len(done)}", *means, *map(percent, published_means)])
     return lines
 
 
@@ -243,7 +247,7 @@ def _markdown(suite: str, rows: Sequence[dict[str, Any]]) -> str:
     note = f"Top-1 accuracy in percent, frozen encoder; {'; '.join(protocols)}."
     trained = sorted({row["training"] for row in rows if "training" in row})
     note += f" Heads: {'; '.join(trained)} (published: 100 epochs, RandAugment and erasing)." if trained else ""
-    note += f" Published columns: attentive probes, their mean over all {len(rows)}."
+    note += " Published columns: attentive probes, their mean over the same data sets, where all are known."
     return f"# {suite}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
 
 

@@ -94,8 +94,7 @@ def train_generator(
         initial_generator(init_from, run.model, run.data.vae)
     run.require_room()
     folder = new_folder(run.fabric, out, str(config or preset or "generator"))
-    run.write_record(folder)
-    return run.train(folder)
+    return run.begin(folder)
 
 
 def _data_of(values: dict[str, Any]) -> GeneratorDataConfig:

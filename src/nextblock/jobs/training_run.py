@@ -17,13 +17,12 @@ from torch import nn
 from nextblock.data.loading import default_workers, training_batches
 from nextblock.errors import DataError, RunError
 from nextblock.jobs.kept_batch import keep_batch
-from nextblock.jobs.record import header, start_record
+from nextblock.jobs.record import alone_in, checkpoint_of_all, header, start_record
 from nextblock.layers.transformer import TransformerLayer
 from nextblock.recipes.config import to_yaml
 from nextblock.training.activation_checkpointing import checkpoint_layers
-from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.config import TrainingConfig
-from nextblock.training.launch import Fabric, on_first_process, one_ends_all
+from nextblock.training.launch import Fabric, on_first_process, one_ends_all, processes_here
 from nextblock.training.loop import Intervals, Loss, Meters, NotFinite, Update, run_state, train
 from nextblock.training.memory import require_room_for
 from nextblock.training.optimizer import make_optimizer
@@ -114,7 +113,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def finish(self, folder: Path) -> None:
-        """Export the weights and draw the curves; called on every process."""
+        """Draw the curves and export the weights, in this order: see `is_finished`. Called on every process."""
 
     def settings(self) -> Settings:
         """What the sections of the configuration say about the training."""
@@ -258,10 +257,20 @@ class TrainingRun(ABC):
         self.finish(folder)
         return Trained(folder, done, finished=True)
 
+    def begin(self, folder: Path) -> Trained:
+        """Start the run in `folder`, new or empty."""
+        with alone_in(self.fabric, folder):
+            self.write_record(folder)
+            return self.train(folder)
+
     def go_on(self, folder: Path) -> Trained:
         """Continue a run whose configuration is this one's, or finish it where only the export is missing."""
+        with alone_in(self.fabric, folder):
+            return self._go_on(folder)
+
+    def _go_on(self, folder: Path) -> Trained:
         self.check_record(folder)
-        _, state = newest_checkpoint(folder / "checkpoints", self.say)
+        state = checkpoint_of_all(self.fabric, folder / "checkpoints", self.say)
         step, total = int(state["step"]), self.plan.total_steps
         if step < total:
             self.require_room()
@@ -303,8 +312,7 @@ class TrainingRun(ABC):
     def workers(self) -> int:
         """Loading processes of this process."""
         settings = self.settings()
-        share = self.fabric.world_size // settings.training.nodes
-        return default_workers(share) if settings.workers < 0 else settings.workers
+        return default_workers(processes_here(self.fabric)) if settings.workers < 0 else settings.workers
 
     def _intervals(self) -> Intervals:
         training, every, plan = self.settings().training, self.settings().look_every_epochs, self.plan

@@ -44,7 +44,7 @@ class SourceConfig:
             crop allows, and a faster resize), "simplejpeg" (the same pixels as pillow-scaled, faster; another package),
             or "auto", the fastest on this machine. A run keeps what it began with.
         workers: loading processes; -1 = chosen from the cores.
-        timeout_s: longest wait for a worker to read one sample, in seconds.
+        timeout_s: longest wait for a sign of life of a worker that reads one sample, in seconds.
         max_bad_fraction: a run stops when more than max(10, this fraction) distinct images are broken.
     """
 

@@ -72,9 +72,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"could not save {final}: {_reason(error)}. Earlier checkpoints are untouched."
-        ) from error
+        earlier = " Earlier checkpoints are untouched." if list_checkpoints(folder) else ""
+        raise CheckpointError(f"could not save {final}: {_reason(error)}.{earlier}") from error
     return _made_room(folder, whole, step, keep)
 
 
@@ -165,4 +164,7 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda message
         except CheckpointError as error:
             warn(str(error))
     reason = "all are damaged" if found else "there is none"
-    raise CheckpointError(f"No checkpoint to continue from in {folder}: {reason}.")
+    raise CheckpointError(
+        f"No checkpoint to continue from in {folder}: {reason}. Bring one back from a copy, or start a new run; "
+        "--init-from takes weights that were exported."
+    )

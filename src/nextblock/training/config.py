@@ -42,7 +42,8 @@ class TrainingConfig:
             "selective" (all but products and attention) or "full" (all). Less memory for more time; the same numbers.
         seed: of everything drawn in the run.
         device: "auto", "cpu" or "cuda".
-        devices: number of devices or processes on this machine; 0 = all.
+        devices: number of devices or processes on this machine; 0 = all. Under torchrun or srun leave 1: as many as it
+            started.
         nodes: machines.
         log_every_steps: 0 = about two hundred times in the run, at most every 50 steps.
         checkpoint_every_steps: 0 = by time only.

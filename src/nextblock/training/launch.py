@@ -16,11 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from nextblock.errors import ConfigError, RunError
 from nextblock.training.config import TrainingConfig
+from nextblock.training.launcher import VARIABLE, Launched, launched, require_whole, started
 
-__all__ = ["Fabric", "launch", "on_first_process", "one_ends_all", "pick_device"]
+__all__ = ["Fabric", "is_lost", "launch", "on_first_process", "one_ends_all", "pick_device", "processes_here"]
 
 MEETING = timedelta(minutes=30)  # Lightning's own limit of an exchange: the first process may evaluate for long
 LOOK_S, GRACE_S = 2.0, 10.0  # how often a process looks for its parent, and how long it may outlive it
@@ -42,23 +46,114 @@ def pick_device(device: str) -> str:
 
 
 def launch(training: TrainingConfig) -> Fabric:
-    """A launched Fabric: this process is one of the run's, with its device and precision set."""
+    """A launched Fabric: this process is one of the run's, with its device and precision set.
+
+    The run has the processes that torchrun or srun has started; where neither has, it starts `training.devices`.
+    Raises ConfigError where both say something, and something else; RunError where CUDA is asked for and absent.
+    """
     device = pick_device(training.device)
     precision = training.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
-    fabric = Fabric(
-        accelerator=device,
-        devices=training.devices or (torch.cuda.device_count() if device == "cuda" else 1),
-        num_nodes=training.nodes,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-    )
+    found = launched()
+    processes = _own_processes(training, device) if found is None else _given_processes(training, device, found)
+    world = _devices(training, device) * training.nodes if found is None else found.world
+    fabric = Fabric(accelerator=device, precision="bf16-mixed" if precision == "bf16" else "32-true", **processes)
     with _silent():
-        _join_restarted("nccl" if device == "cuda" else "gloo")
+        if found is not None and found.world > 1:
+            _join_restarted("nccl" if device == "cuda" else "gloo")
         fabric.launch()
+    if fabric.world_size != world:
+        raise ConfigError(
+            f"{world} processes are meant to work together, but {fabric.world_size} do. Start them with torchrun "
+            "or srun, or one process with devices and nodes, which starts the others."
+        )
     if fabric.world_size > 1 and _started_by_another():
         threading.Thread(target=_follow, args=(os.getppid(),), name="follow-parent", daemon=True).start()
     return fabric
+
+
+def processes_here(fabric: Fabric) -> int:
+    """Processes of the run on this machine, which share its cores."""
+    return max(1, fabric.world_size // int(getattr(fabric.strategy, "num_nodes", 1)))
+
+
+def _devices(training: TrainingConfig, device: str) -> int:
+    return training.devices or (torch.cuda.device_count() if device == "cuda" else 1)
+
+
+def _own_processes(training: TrainingConfig, device: str) -> dict[str, Any]:
+    """What Fabric is told of processes that it starts itself."""
+    devices: int | list[int] = _devices(training, device)
+    other = started()
+    if other is not None and (devices, training.nodes) != (1, 1):
+        raise ConfigError(
+            f"{VARIABLE}=all makes each process of {other.by} work on its own, and such a one starts no others: "
+            f"devices is {training.devices} and nodes is {training.nodes}. Set both to 1."
+        )
+    if other is not None and device == "cuda":
+        devices = [other.local_rank % torch.cuda.device_count()]
+    # Otherwise Lightning would wait for all the tasks that a job of Slurm could have, and that nobody has started.
+    alone = LightningEnvironment() if other is not None or "SLURM_NTASKS" in os.environ else None
+    return {"devices": devices, "num_nodes": training.nodes, "plugins": alone}
+
+
+def _given_processes(training: TrainingConfig, device: str, found: Launched) -> dict[str, Any]:
+    """What Fabric is told of processes that a launcher has started."""
+    found.require(training.devices, training.nodes)
+    require_whole(found)
+    seen = torch.cuda.device_count() if device == "cuda" else found.here
+    apart = seen == 1 and found.by == "srun"  # --gpus-per-task: each process sees its own device only
+    if seen < found.here and not apart:
+        raise ConfigError(f"{found.by} has started {found.here} processes on a machine of {seen} GPUs. Start {seen}.")
+    plugin = _Given(found, 0 if apart else found.local_rank)
+    several = {"strategy": "ddp"} if found.world > 1 else {}
+    return {"devices": 1 if apart else found.here, "num_nodes": len(found.per_node), "plugins": plugin} | several
+
+
+class _Given(ClusterEnvironment):
+    """The processes of a launcher, for Lightning, whose own ways to recognise them believe in more than was started."""
+
+    def __init__(self, found: Launched, device: int) -> None:
+        super().__init__()
+        self._found, self._device = found, device
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+        return os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(nodes)
+
+    @property
+    def main_port(self) -> int:
+        """As told; under srun one that all processes of a step arrive at, and other steps hardly."""
+        job, step = (int(os.environ.get(f"SLURM_{name}_ID", 0)) for name in ("JOB", "STEP"))
+        return int(os.environ.get("MASTER_PORT") or 15000 + (10 * job + step) % 10000)
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._found.world
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self._found.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self._device
+
+    def node_rank(self) -> int:
+        return self._found.node
 
 
 def _join_restarted(backend: str) -> None:
@@ -99,13 +194,18 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an exchange has failed because another process is no more."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+
+
 @contextmanager
 def one_ends_all(fabric: Fabric, advice: str) -> Iterator[None]:
     """Raise RunError, ending in `advice`, where an exchange fails because another process of the run has ended."""
     try:
         yield
     except RuntimeError as error:
-        if fabric.world_size == 1 or not any(words in str(error) for words in _LOST):
+        if fabric.world_size == 1 or not is_lost(error):
             raise
         raise RunError(
             f"Another of the {fabric.world_size} processes has ended or cannot be reached, so process "

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
@@ -160,7 +161,8 @@ def train(
     """
     meters = meters or Meters.zeros(fabric.device)
     model.train()
-    since, images = time.monotonic(), 0
+    stop = _TogetherStop(fabric)
+    since, images, done = time.monotonic(), 0, start_step
     for step in range(start_step, plan.total_steps):
         torch.manual_seed(key(plan.config.seed, f"step{step}/rank{plan.rank}") >> 1)
         loss = _accumulate(fabric, model, batches, loss_of, plan, step, recorder)
@@ -172,7 +174,7 @@ def train(
         recorder.step(done)
         last = done == plan.total_steps
         logging = last or done % intervals.log == 0
-        stopping = (logging or fabric.world_size == 1) and _any(fabric, stop_asked())
+        stopping = stop(stop_asked())
         row: dict[str, float] = {}
         if logging:
             row = meters.read()
@@ -193,8 +195,9 @@ def train(
             intervals.saved_at = time.monotonic()
         if stopping:
             fabric.barrier()  # nobody leaves before the checkpoint is whole
-            return done
-    return plan.total_steps
+            break
+    stop.settle()
+    return done
 
 
 def clipped_update(
@@ -253,10 +256,32 @@ def agreed(fabric: Fabric, good: Tensor) -> Tensor:
     return good if fabric.world_size == 1 else _reduced(fabric, good.float()) == 1.0
 
 
-def _any(fabric: Fabric, asked: bool) -> bool:
-    if fabric.world_size == 1:
-        return asked
-    return bool(_reduced(fabric, torch.tensor(float(asked), device=fabric.device)) > 0)
+class _TogetherStop:
+    """Whether any process was asked to stop: called at every step with what this one was asked, the same on all.
+
+    Several processes learn it one step later, so that none waits: the question goes from host to host, beside what the
+    devices exchange, while the next step is computed.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._hosts = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
+        self._asked = torch.zeros((), dtype=torch.int32)
+        self._exchange: Any = None
+
+    def __call__(self, asked: bool) -> bool:
+        if self._hosts is None:
+            return asked
+        self.settle()
+        answer = bool(self._asked)
+        self._asked = torch.tensor(int(asked), dtype=torch.int32)
+        self._exchange = dist.all_reduce(self._asked, group=self._hosts, async_op=True)
+        return answer
+
+    def settle(self) -> None:
+        """Wait for the exchange that is under way: no process may leave before."""
+        if self._exchange is not None:
+            self._exchange.wait()
+            self._exchange = None
 
 
 def _guard(meters: Meters, plan: Plan, done: int) -> None:
@@ -267,9 +292,9 @@ def _guard(meters: Meters, plan: Plan, done: int) -> None:
         return
     first = step * plan.config.batch_size
     raise NotFinite(
-        f"The loss or its gradient was not finite for {longest} steps in a row; the weights were left alone. Last such "
-        f"batch: step {step}, sample positions {first} to {first + plan.config.batch_size - 1}. Try a lower "
-        f"training.lr, or look at those images.",
+        f"The loss or its gradient was not finite for {longest} steps in a row, which left the weights alone. Last "
+        f"such batch: step {step}, sample positions {first} to {first + plan.config.batch_size - 1}. Steps before may "
+        f"have spoiled the weights: then only a new run helps, with a lower training.lr.",
         step,
         done - step - 1,
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from nextblock.data.latents import LatentBatch
 from nextblock.data.stream import Batch
+from nextblock.durable import flush_tree, give_name, make_folder
 from nextblock.errors import RunError
 
 FOLDER = "nonfinite"  # in the run folder
@@ -65,7 +65,8 @@ def keep(run: Path, kept: Kept, more: Callable[[Path], None] = lambda folder: No
     final = run / FOLDER / f"step-{kept.step:08d}"
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial.parent)
+    partial.mkdir()
     try:
         save_file(_tensors(kept.batch), partial / "batch.safetensors")
         save_file({k: v.detach().cpu().contiguous() for k, v in kept.weights.items()}, partial / "model.safetensors")
@@ -75,12 +76,10 @@ def keep(run: Path, kept: Kept, more: Callable[[Path], None] = lambda folder: No
         about |= {"images": len(kept.batch), "batch": type(kept.batch).__name__, "sha256": _digests(partial)}
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         more(partial)
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
+        flush_tree(partial)
         if final.exists():
             shutil.rmtree(final)
-        partial.rename(final)
-        _flush(final.parent)
+        give_name(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -123,11 +122,3 @@ def _digests(folder: Path) -> dict[str, str]:
         with open(folder / name, "rb") as file:
             found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,8 +17,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -118,9 +120,9 @@ def _commit() -> str | None:
 
 def require_free(path: Path) -> None:
     """Raise RunError when the folder holds something: `claim_folder` would, but after the work of reading data."""
-    if path.is_dir() and any(path.iterdir()):
-        advice = f"Continue it with --resume {path}, or choose another --out."
-        raise RunError(f"{path} is not empty, and nothing is ever overwritten. {advice}")
+    if path.is_dir() and any(path.iterdir()) and not is_unborn(path):
+        again = f"Continue it with --resume {path}, or choose" if (path / "config.yaml").exists() else "Choose"
+        raise RunError(f"{path} is not empty, and nothing is ever overwritten. {again} another --out.")
 
 
 def claim_folder(path: Path, advice: str = "Choose another --out.") -> None:
@@ -142,8 +144,36 @@ def claim_folder(path: Path, advice: str = "Choose another --out.") -> None:
         raise RunError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from error
 
 
+_OF_A_START = {"environment.json", "data_manifest.txt.gz", "test_manifest.txt.gz", "metrics.csv", "tensorboard",
+               "checkpoints", ".writable"}  # fmt: skip
+
+
+def is_unborn(path: Path) -> bool:
+    """Whether all that is in a folder is of a run that ended in the first moments of its start: before its config.yaml
+    was written, and with no checkpoint of any step."""
+    if (path / "config.yaml").exists() or not (path / "environment.json").is_file():
+        return False
+    steps = [each for each in (path / "checkpoints").glob("*") if not each.name.startswith(".partial-")]
+    begun = all(each.name in _OF_A_START or _is_partial(each) for each in path.iterdir())
+    return begun and all(each.name == "step-00000000" for each in steps)
+
+
+def remove_unborn(path: Path) -> None:
+    """Empty a folder that `is_unborn`; any other stays as it is. Raises RunError when the disk refuses."""
+    if not is_unborn(path):
+        return
+    try:
+        for each in sorted(path.iterdir(), key=lambda each: each.name == "environment.json"):  # by which it is known
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+    except OSError as error:
+        raise RunError(f"cannot remove what an ended start left in {path}: {error.strerror}.") from error
+
+
 def _is_partial(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".partial") and path.is_file()
+
+
+_LOST_CONFIG = "Bring it back from a copy, or start a new run; --init-from takes weights that were exported."
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -157,9 +187,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
     except (OSError, *NO_YAML) as error:
-        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}. {_LOST_CONFIG}") from error
     if not isinstance(values, dict):
-        raise RunError(f"{file} holds no sections of values, so {path} is not a run folder.")
+        raise RunError(f"{file} holds no sections of values. {_LOST_CONFIG}")
     return values
 
 
@@ -169,7 +199,7 @@ def _instead_of_a_run(path: Path) -> str:
     if any(name.suffix.lower() in EXTENSIONS for name in islice(names, 1000)):
         return "is a folder of images, not a run"
     if (path / "environment.json").is_file():
-        return "was begun, but ended before its first checkpoint was saved: remove it, and start the run again"
+        return "was begun, but ended before its first checkpoint was saved: start the run again, with the same --out"
     return "holds no config.yaml, so it is not a run folder"
 
 
@@ -225,13 +255,15 @@ class RunFolder:
         rank: int = 0,
         columns: Sequence[str] = COLUMNS,
         bad_option: str = "data.max_bad_fraction",
+        bad_may_change: bool = True,
         saves_tried: int = 1,
     ) -> None:
         self.path, self.progress, self.rank, self.columns = path, progress, rank, tuple(columns)
         self.keep_checkpoints = keep_checkpoints
-        self.max_bad, self.bad_option = max_bad_images(images, max_bad_fraction), bad_option
+        self.images, self.max_bad, self.bad_option = images, max_bad_images(images, max_bad_fraction), bad_option
         self.bad = dict.fromkeys(_column(path / "bad_samples.csv", "name"))
         self._unwritten: list[BadSample] = []
+        self.bad_may_change = bad_may_change
         self.saves_tried, self._refused = saves_tried, 0
         self._problem: CheckpointError | None = None
         self._rows: list[dict[str, str]] = []  # not in metrics.csv yet
@@ -327,8 +359,14 @@ class RunFolder:
         if len(self.bad) > self.max_bad:
             raise DataError(
                 f"{len(self.bad)} images cannot be decoded, more than the {self.max_bad} allowed. They are listed in "
-                f"{self.path / 'bad_samples.csv'}. Mend or remove them, or raise {self.bad_option}."
+                f"{self.path / 'bad_samples.csv'}. To do without them, raise {self.bad_option}: "
+                f"{_share_for(2 * len(self.bad), self.images):g} would bear twice as many. {self._with_more_bad()}"
             )
+
+    def _with_more_bad(self) -> str:
+        if not self.bad_may_change:
+            return "That wants a new --out."
+        return f"The run goes on so with --resume {self.path}; mended or fewer images are other data, for a new run."
 
     def _write_bad_samples(self, samples: list[BadSample]) -> None:
         file = self.path / "bad_samples.csv"
@@ -357,6 +395,11 @@ def _told(error: OSError) -> str:
 def max_bad_images(images: int, fraction: float) -> int:
     """How many distinct broken images are put up with."""
     return max(10, int(fraction * images))
+
+
+def _share_for(bad: int, images: int) -> float:
+    """Of the images, in hundredths, so that so many may be broken."""
+    return min(1.0, math.ceil(100 * bad / max(1, images)) / 100)
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:

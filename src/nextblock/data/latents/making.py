@@ -37,10 +37,11 @@ class Maker:
 
     folder: of the cache; its latents.json is there. source: the images. vae: on its device. batch_size: images that are
     loaded and encoded together, of which a shard has whole ones and a rest; it changes the moments by rounding only.
-    workers: loading processes. max_bad: so many images may be broken; they are left out. timeout_s: longest wait for a
-    sample. on_images: called with the number of images just done, for a progress bar. on_shard: called when a shard is
-    recorded. stop_asked: looked at before each batch. numbers: of the shards to make; None: all. alone: held while
-    latents.json is read and written, where other processes make other shards of the cache.
+    workers: loading processes. max_bad: so many images may be broken, which are left out: of this process's shards and
+    of those that others had recorded when it recorded one. timeout_s: longest wait for a sample. on_images: called with
+    the number of images just done, for a progress bar. on_shard: called when a shard is recorded. stop_asked: looked at
+    before each batch. numbers: of the shards to make; None: all. alone: held while latents.json and bad_samples.csv are
+    read and written, where other processes make other shards of the cache.
     """
 
     folder: Path
@@ -102,7 +103,7 @@ class Maker:
             if self.stop_asked():
                 raise KeyboardInterrupt  # the shard that is being made is lost, those before are recorded
             bad += batch.bad
-            require_few_bad(self.folder, [*about.bad, *bad], self.max_bad)
+            require_few_bad(self.folder, [*about.bad, *bad], self.max_bad, self.alone)
             called = [self.source.name(int(index)) for index in batch.indices]
             if called:
                 require_known(batch.labels.numpy(), about.classes, called.__getitem__, "the images")

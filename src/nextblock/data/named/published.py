@@ -7,7 +7,7 @@ one that XTRA's paper gives. XTRA itself is published by its mean only, and by I
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 _ORDER = (
@@ -26,6 +26,12 @@ class PublishedRow:
     mean: float
     source: str
     accuracy: Mapping[str, float] = field(default_factory=dict)
+
+    def mean_of(self, names: Iterable[str]) -> float | None:
+        """Over these data sets; None where one of them is not known, or there are none."""
+        found = [self.accuracy.get(name) for name in names]
+        known = [value for value in found if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(found) else None
 
 
 def _row(text: str) -> dict[str, float]:

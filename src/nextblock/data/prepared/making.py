@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,7 +57,7 @@ class Maker:
     folder: its prepared.json is there. source: the images. workers: encoding processes; 0 encodes in this one. max_bad:
     so many images may be broken; they are left out. timeout_s: longest wait for an image. on_images: called with
     the number of images just done, for a progress bar. on_shard: called when a shard is recorded. stop_asked: looked at
-    every few images.
+    every few images. alone: held while bad_samples.csv is written, where other processes make other pieces.
     """
 
     folder: Path
@@ -68,6 +68,7 @@ class Maker:
     on_images: Callable[[int], None] = lambda count: None
     on_shard: Callable[[About], None] = lambda about: None
     stop_asked: Callable[[], bool] = lambda: False
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def make(self, about: About, *, of_pieces: bool = False) -> About:
         """Make the shards that `about` lacks, and record each in prepared.json as soon as it is whole; then the index.
@@ -91,13 +92,20 @@ class Maker:
                     remove_pieces(self.folder, before=about.cuts[-1])
         return self._finished(about)
 
-    def make_pieces(self, about: About, pieces: Sequence[range]) -> None:
-        """Make these pieces. Raises what `make` raises, where one of them shows it."""
-        bad: list[tuple[str, str, int]] = []
+    def make_pieces(self, about: About, pieces: Sequence[range], bad: Sequence[BadSample] = ()) -> None:
+        """Make these pieces; `bad` are the images that are left out of those that are there. Raises what `make` raises,
+        where one of them shows it.
+
+        Too many images are broken where those of the shards, those of the pieces that were there before and those of
+        these pieces are: what other processes find meanwhile counts when the shards are put together.
+        """
+        done = about.cuts[-1] if about.cuts else 0
+        known = [*about.bad, *(sample for sample in bad if sample.position >= done)]
+        self._require_few_bad(known)
         with closing(self._encoded(about, pieces)) as images:
             for piece in pieces:
                 with self._writing():
-                    write_piece(self.folder, piece, self._checked(about, islice(images, len(piece)), bad))
+                    write_piece(self.folder, piece, self._checked(about, islice(images, len(piece)), known))
 
     def _encoded(self, about: About, ranges: Sequence[range]) -> Generator[Image | BadSample, None, None]:
         """The images at these positions, encoded by the workers."""
@@ -118,11 +126,14 @@ class Maker:
     ) -> Iterator[Image | BadSample]:  # fmt: skip
         for image in images:
             if isinstance(image, BadSample):
-                bad.append((image.name, image.reason, image.position))
-                require_few_bad(self.folder, [*about.bad, *bad], self.max_bad)
+                bad.append(image)
+                self._require_few_bad(bad)
             else:
                 _require_known(image, about.classes)
             yield image
+
+    def _require_few_bad(self, bad: Sequence[tuple[str, str, int]]) -> None:
+        require_few_bad(self.folder, bad, self.max_bad, self.alone)
 
     def _one_by_one(self, batches: Iterator[list[Image | BadSample]]) -> Iterator[Image | BadSample]:
         for batch in batches:
@@ -136,7 +147,7 @@ class Maker:
         record, end = self._shard(about, number, images, stop)
         cuts = about.cuts if stop is not None else (*about.cuts, end)
         about = about.with_shards(about.shards | {number: record}, cuts)
-        with self._writing():
+        with self._writing(), self.alone():
             write_bad_samples(self.folder, about.bad)
             write_about(self.folder, about)
         self.on_shard(about)
@@ -153,7 +164,7 @@ class Maker:
             for image in images:
                 if isinstance(image, BadSample):
                     bad.append((image.name, image.reason, image.position))
-                    require_few_bad(self.folder, [*about.bad, *bad], self.max_bad)
+                    self._require_few_bad([*about.bad, *bad])
                 else:
                     _require_known(image, about.classes)
                     with self._writing():

@@ -76,7 +76,8 @@ class PreparedImages:
         content = self._read(number, offset, length)
         if len(content) != length or zlib.crc32(content) != check:
             reason = (
-                f"damaged in {self._shards[number].file} of {self.folder}: these are not the bytes that were written"
+                f"damaged in {self._shards[number].file} of {self.folder}: these are not the bytes that were "
+                "written; the command that made them, given again, makes them anew"
             )
             raise SampleError(self.name(index), reason)
         return Sample(stored(content), None if label < 0 else label)

@@ -11,40 +11,28 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
-import numpy as np
 from datasets.distributed import split_dataset_by_node
-from numpy.typing import NDArray
-from PIL import Image
 
+from nextblock.data.heartbeat import reading, working
 from nextblock.data.sources.protocol import Sample
 from nextblock.data.sources.splits import split_candidates
+from nextblock.data.sources.streamed_rows import Row
 from nextblock.data.sources.web_connections import plain
-from nextblock.errors import DataError, NextblockError, SampleError, nearest
+from nextblock.errors import DataError, NextblockError, nearest
 
 PREFIX = "hf-stream:"
 _FILES = "parquet:"
 _REVISION = re.compile(r"(hf://[^@]+)@([^/]+)(/.*)")
+_MEANT = "Streams are hf-stream:NAME, of the hub, or hf-stream:parquet:PATTERN, of Parquet files here."
 GLIMPSED = 64  # rows
 _OPENING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError)
 
 
-class Row(NamedTuple):
-    """One sample as it came: the image as the data set has it, its class number, what errors call it."""
-
-    image: Any
-    label: int | None
-    name: str
-
-    @property
-    def content(self) -> bytes | NDArray[Any] | Image.Image:
-        """Raises SampleError when the row holds no image."""
-        image = self.image["bytes"] if isinstance(self.image, Mapping) else self.image
-        if isinstance(image, bytes | np.ndarray | Image.Image):
-            return image
-        raise SampleError(self.name, "the row holds no image")
+class Interrupted(DataError):
+    """Reading broke off, perhaps in a way that passes."""
 
 
 class StreamedImages:
@@ -114,25 +102,32 @@ class StreamedImages:
         part.set_epoch(epoch)
         return part
 
-    def next_rows(self, chunks: Iterator[Mapping[str, Sequence[Any]]], name: str) -> list[Row]:
+    def next_rows(self, chunks: Iterator[Mapping[str, Sequence[Any]]], place: str) -> list[Row]:
         """The rows of the next of `chunks`, which are as `IterableDataset.iter` gives them; none behind the last one.
 
-        Raises DataError when they cannot be read.
+        Signs of life are given as long as they come. Raises Interrupted when they cannot be read; then `chunks` are
+        spent.
         """
+        reading(f"{self.title} {place}")
         try:
-            batch = next(chunks, None)
+            with working():
+                batch = next(chunks, None)
         except NextblockError:
             raise
         except Exception as error:  # of the network, of Arrow, of whatever made the set
             told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise DataError(f"reading {self.title} failed: {told}. Check the network, then resume.") from error
-        return [] if batch is None else self._rows(batch, name)
+            raise Interrupted(
+                f"reading {self.title} failed: {told}. Check the network; then the same command, or --resume of the "
+                "run, goes on."
+            ) from error
+        return [] if batch is None else self._rows(batch, place)
 
-    def _rows(self, batch: Mapping[str, Sequence[Any]], name: str) -> list[Row]:
+    def _rows(self, batch: Mapping[str, Sequence[Any]], place: str) -> list[Row]:
         images = batch[self._image]
         labels = batch[self._label] if self._label else [None] * len(images)
+        others = {column: values for column, values in batch.items() if column != self._image}
         return [
-            Row(image, None if label is None else int(label), f"{self.title} {name}[{number}]")
+            Row(image, None if label is None else int(label), self.title, place, number, others)
             for number, (image, label) in enumerate(zip(images, labels, strict=True))
         ]
 
@@ -181,7 +176,8 @@ def absolute(spec: str | None) -> str | None:
     start = PREFIX + _FILES
     if spec is None or not spec.startswith(start):
         return spec
-    return start + os.path.abspath(os.path.expanduser(spec.removeprefix(start)))
+    pattern = os.path.expanduser(spec.removeprefix(start))
+    return start + (os.path.abspath(pattern) if pattern and "://" not in pattern else pattern)
 
 
 def open_streamed(
@@ -202,13 +198,17 @@ def open_streamed(
     name = spec.removeprefix(PREFIX)
     if name.startswith(_FILES):
         pattern = os.path.expanduser(name.removeprefix(_FILES))
+        if not pattern or "://" in pattern:
+            raise DataError(f"{spec} names no file here. {_MEANT} Files behind a network are opened in Python.")
         files = sorted(glob.glob(pattern, recursive=True))
         if not files:
-            raise DataError(f"no file matches {pattern}")
+            raise DataError(f"no file matches {pattern}. {_MEANT}")
         dataset = _loaded(spec, "parquet", data_files={"train": files}, split="train")
         return StreamedImages(dataset, pattern, image_column, label_column)
     name, _, asked = name.partition("@")
     name, _, config = name.partition(":")
+    if not name:
+        raise DataError(f"{spec} names no data set. {_MEANT}")
     for candidate in split_candidates(asked or split):
         dataset = _loaded(spec, name, name=config or None, split=candidate)
         if dataset is not None:
@@ -224,9 +224,9 @@ def _loaded(spec: str, path: str, **options: Any) -> datasets.IterableDataset | 
         told = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         if "Bad split" in told or "Unknown split" in told:
             return None
-        raise DataError(
-            f"cannot open {spec}: {told}. Check the name, the network, and access to gated sets."
-        ) from error
+        offline = next((name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)), None)
+        advice = f"{offline} is set: unset it" if offline else "Check the name, the network, and access to gated sets"
+        raise DataError(f"cannot open {spec}: {told}. {advice}.") from error
 
 
 def _is_shuffled(examples: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from array import array
 from collections import Counter
 from typing import NamedTuple
@@ -27,6 +28,7 @@ _SKIPPED = {LINK: "links", FOLDER: "folders", DEVICE: "devices", OTHER: "special
 _LONGEST_CLS, _LONGEST_JSON, _LONGEST_IMAGE = 64, 2**20, 2**32 - 1
 _LARGEST_LABEL = 2**31 - 1
 _NO_IMAGE = -1
+_HERE = re.compile(rb"(?:\.?/)++")  # at once: a name may have a megabyte of them
 
 
 class Wanted(NamedTuple):
@@ -180,6 +182,5 @@ class _Found:
 
 def _plain(name: bytes) -> bytes:
     """Without what only says "here", or where it once lay."""
-    while name.startswith((b"./", b"/")):
-        name = name[2:] if name.startswith(b"./") else name[1:]
-    return name
+    start = _HERE.match(name)
+    return name[start.end() :] if start else name

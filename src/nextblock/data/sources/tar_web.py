@@ -7,11 +7,11 @@ what does not pass is a DataError, and never another image in place of the one a
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from nextblock.data.heartbeat import alive, waiting
 from nextblock.data.sources.tar_index import Stamp, changed
 from nextblock.data.sources.tar_members import Read
 from nextblock.data.sources.web_connections import Answer, Broken, answer_to, plain
@@ -70,13 +70,14 @@ class WebTar:
         # Fixed numbers, but others for each place in the file: workers that failed together do not come back together.
         spread = uniforms(0, "retry", [offset], TRIES)[0]
         for attempt in range(TRIES):
+            alive()
             try:
                 return what()
             except Broken as broken:
                 last = broken
                 if attempt + 1 < TRIES:
                     own_s = FIRST_WAIT_S * 2**attempt * (0.75 + 0.5 * float(spread[attempt]))
-                    time.sleep(min(max(own_s, getattr(broken, "wait_s", 0.0)), LONGEST_WAIT_S))
+                    waiting(min(max(own_s, getattr(broken, "wait_s", 0.0)), LONGEST_WAIT_S))
         raise DataError(
             f"{self.where}: {TRIES} tries to read byte {offset} failed; the last time, {last}. "
             "Check the server and the network, then resume."
@@ -102,7 +103,7 @@ class WebTar:
         if status == 200:
             raise DataError(
                 f"the server of {self.where} gives whole files only (no Range requests), so its images cannot be read "
-                "at random. Use another server, or fetch the tars."
+                "at random. Use one that answers them (nginx, Apache, S3 and the like), or fetch the tars."
             )
         if status == 416 and stamp is None:
             raise DataError(f"{self.where} is empty: not a tar file.")

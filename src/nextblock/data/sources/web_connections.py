@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import ssl
 import threading
-from typing import NamedTuple
+import time
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from nextblock.data.heartbeat import alive
 from nextblock.errors import DataError
 from nextblock.version import __version__
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0  # without a single byte
+PATIENCE_S = 30.0  # of waiting for an answer, in which at least so many bytes a second must have come:
+SLOWEST_BYTES_S = 1024
 _REDIRECTS = 5
 _AS_THEY_ARE = "/%:@!$&'()*+,;=~?"
 _MOVED = (301, 302, 303, 307, 308)
@@ -21,6 +26,49 @@ _MOVED = (301, 302, 303, 307, 308)
 
 class Broken(Exception):
     """A connection that failed in a way that may pass."""
+
+
+class _Drips(OSError):
+    """What comes is too little."""
+
+
+class _Watched(io.RawIOBase):
+    """What comes over a socket: with a sign of life before each piece, and an end to a server that only drips.
+
+    A time-out of the socket alone is put off by every single byte.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._came, self._waited_s = 0, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        alive()
+        start = time.monotonic()
+        came = self._raw.readinto(buffer)
+        self._waited_s += time.monotonic() - start  # here alone: whoever reads may take his time
+        self._came += came or 0
+        if self._waited_s >= PATIENCE_S:
+            rate = self._came / self._waited_s
+            if rate < SLOWEST_BYTES_S:
+                raise _Drips(f"it sends {rate:,.1f} bytes a second, fewer than {SLOWEST_BYTES_S:,}")
+            self._came, self._waited_s = 0, 0.0
+        return came
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """Its headers come as its body does."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.fp = io.BufferedReader(_Watched(self.fp.detach()))
 
 
 class _Server(NamedTuple):
@@ -100,6 +148,7 @@ def _asked(parts: SplitResult, headers: dict[str, str]) -> Answer:
     headers = {"User-Agent": f"nextblock/{__version__}"} | headers
     for is_new in (server not in _kept(), True):
         try:
+            alive()
             connection, target = _connection(server), _target(server, parts)
             connection.request("GET", target, headers=headers)
             return Answer(connection.getresponse(), server)
@@ -132,6 +181,7 @@ def _connection(server: _Server) -> http.client.HTTPConnection:
         encrypted = server.scheme == "https"
         made = http.client.HTTPSConnection if encrypted else http.client.HTTPConnection
         kept[server] = made(host, port, timeout=TIMEOUT_S)
+        kept[server].response_class = _Response
         if proxy and encrypted:
             kept[server].set_tunnel(server.host, server.port)
     return kept[server]
