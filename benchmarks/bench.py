@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.measure import NOT_MEASURED, Row, described
 from nextblock.figures.speed import draw_speed
-from nextblock.training.run_folder import environment
+from nextblock.training.run_record import environment
 
 TABLES = (
     "startup", "training_step", "attention", "sampling_speed", "solvers", "probe_sweep", "data_pipeline", "index",

@@ -32,7 +32,7 @@ from nextblock.jobs.opening import open_model
 from nextblock.jobs.run import open_train, open_val
 from nextblock.randomness import permutation
 from nextblock.recipes.config import typed
-from nextblock.training.run_folder import read_config
+from nextblock.training.run_record import read_config
 from nextblock.xtra.model import Encoder
 
 RESULTS = Path(__file__).parent / "results"

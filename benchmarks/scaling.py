@@ -37,7 +37,7 @@ from benchmarks.training_step import ours_xtra_step, pinned
 from nextblock.evaluation.inference import inference
 from nextblock.figures.scaling import draw_scaling
 from nextblock.training.flops import xar_sampling_flops, xtra_flops
-from nextblock.training.run_folder import environment
+from nextblock.training.run_record import environment
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
 from nextblock.xar.sampler import sample_latents

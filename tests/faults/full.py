@@ -152,7 +152,7 @@ def _percent(tally: Tally) -> str:
 
 def report(tallies: dict[str, Tally], seconds: float, seed: int) -> dict[str, Any]:
     """What is written down; of this machine no paths."""
-    from nextblock.training.run_folder import environment
+    from nextblock.training.run_record import environment
 
     about = environment(seed, "cpu")
     return {

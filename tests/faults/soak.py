@@ -32,7 +32,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # as pytest has them
 from scipy.stats import theilslopes  # noqa: E402
 
 from fork_server import ForkServer  # noqa: E402
-from nextblock.training.run_folder import environment, read_metrics  # noqa: E402
+from nextblock.training.run_folder import read_metrics  # noqa: E402
+from nextblock.training.run_record import environment  # noqa: E402
 from tiny_run import flags, tiny, write_images  # noqa: E402
 
 CHECKPOINT_EVERY, LOOK_EVERY, BATCH, IMAGES = 50, 250, 8, 24

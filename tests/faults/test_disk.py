@@ -20,7 +20,8 @@ from nextblock.jobs.pretrain import pretrain
 from nextblock.training import run_folder
 from nextblock.training.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import SAVES_TRIED, RunFolder, claim_folder, read_metrics, write_text
+from nextblock.training.run_folder import SAVES_TRIED, RunFolder, read_metrics
+from nextblock.training.run_record import claim_folder, write_text
 from processes import COMMAND
 from recorded_disk import Recorder, recorded
 from tiny_run import flags, tiny, write_images

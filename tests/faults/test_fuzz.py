@@ -44,7 +44,7 @@ from nextblock.recipes.config import PRETRAIN, Kind, PretrainConfig, kinds, read
 from nextblock.training.checkpoint import read_checkpoint, save_checkpoint
 from nextblock.training.config import TrainingConfig
 from nextblock.training.plan import Plan
-from nextblock.training.run_folder import read_config
+from nextblock.training.run_record import read_config
 from nextblock.xar.config import XARConfig
 from nextblock.xar.model import XAR
 from nextblock.xtra.config import XTRAConfig

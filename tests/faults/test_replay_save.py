@@ -14,7 +14,7 @@ import torch
 from nextblock.durable import append_whole, write_whole
 from nextblock.errors import CheckpointError
 from nextblock.training.checkpoint import newest_checkpoint, save_checkpoint
-from nextblock.training.run_folder import claim_folder, write_text
+from nextblock.training.run_record import claim_folder, write_text
 from recorded_disk import Operation, Recorder, every_loss_of_power, recorded, tree_of
 
 Save = Callable[[Path, int, dict[str, Any], int], Any]

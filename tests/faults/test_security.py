@@ -55,7 +55,7 @@ ALLOWED = {
         "data/named/arrays.py",  # a reader that knows no names but stand-ins for arrays
     },
     "import tarfile": {"checkpoints/foreign_files.py"},  # tells what a file is; nothing is unpacked
-    "import subprocess": {"training/run_folder.py", "training/signals.py"},  # git and scontrol, by lists of words
+    "import subprocess": {"training/run_record.py", "training/signals.py"},  # git and scontrol, by lists of words
     "torch.save": {"training/checkpoint.py", "jobs/converted_folder.py"},  # state.pt; weights for the official codes
     "torch.load": {"training/checkpoint.py", "checkpoints/foreign_files.py"},  # weights_only, see below
     "torch.jit.load": {"evaluation/extractors.py"},  # the Inception network, by its SHA-256

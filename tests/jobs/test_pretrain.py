@@ -18,7 +18,8 @@ from nextblock.errors import CheckpointError, ConfigError, DataError, RunError
 from nextblock.jobs.opening import open_model
 from nextblock.jobs.pretrain import pretrain
 from nextblock.training import memory
-from nextblock.training.run_folder import read_config, read_metrics
+from nextblock.training.run_folder import read_metrics
+from nextblock.training.run_record import read_config
 from nextblock.xtra.config import XTRAConfig
 from tiny_run import tiny, write_images
 

@@ -102,7 +102,8 @@ def test_an_array_makes_what_one_process_makes(name: str, cluster: Cluster, mate
     cluster.finish(first)  # a part is there
     job = cluster.submit("--array=0-1", *SMALL, script, str(cut), *options)
     cluster.finish(job)
-    assert "share 2 of 2" in cluster.told(job)
+    told = cluster.told(job)
+    assert "share 2 of 2" in told or "already complete" in told  # the other one may have found all there
     alone(*verb, *options, "--out", str(whole))
     assert made(cut, compared) == made(whole, compared)
 

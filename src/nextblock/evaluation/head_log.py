@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.evaluation.probe import HeadSpec
-from nextblock.training.run_folder import write_text
+from nextblock.training.run_record import write_text
 
 HEAD_COLUMNS = ("step", "epoch", "head", "kind", "lr", "weight_decay", "layers", "train_loss", "val_loss", "val_top1")
 

@@ -26,7 +26,7 @@ from nextblock.jobs.output import say
 from nextblock.jobs.pretrain import pretrain
 from nextblock.jobs.reconstruct import reconstruct
 from nextblock.recipes.config import read_recipe, typed
-from nextblock.training.run_folder import claim_folder, to_json, write_text
+from nextblock.training.run_record import claim_folder, to_json, write_text
 from nextblock.xtra.model import Encoder
 
 RECIPE = "xtra_digits"

@@ -27,7 +27,7 @@ from nextblock.evaluation.features import Features
 from nextblock.jobs.images_record import images_record
 from nextblock.jobs.output import written_whole
 from nextblock.jobs.share import Units, stopped
-from nextblock.training.run_folder import read_json, to_json, write_text
+from nextblock.training.run_record import read_json, to_json, write_text
 from nextblock.training.signals import StopRequest
 
 BATCHES = 16  # in a part

@@ -28,7 +28,7 @@ from nextblock.jobs.export_card import graph_card
 from nextblock.jobs.export_report import BATCHES, Checked, check, described, measure, show, table_rows
 from nextblock.jobs.opening import HUB, one_or_many, open_classifier, open_encoder, run_data, weights_in
 from nextblock.jobs.output import require_some, tell_bad
-from nextblock.training.run_folder import job_of, read_config, read_json
+from nextblock.training.run_record import job_of, read_config, read_json
 from nextblock.xtra.classifier import Classifier
 from nextblock.xtra.model import Encoder
 

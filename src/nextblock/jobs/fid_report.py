@@ -16,7 +16,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from nextblock.evaluation.generation import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Watch
-from nextblock.training.run_folder import claim_folder, write_text
+from nextblock.training.run_record import claim_folder, write_text
 
 FILE = "fid.json"
 HIGH_RECALL, NO_PRECISION = 0.9, 0.05

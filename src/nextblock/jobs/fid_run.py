@@ -21,7 +21,7 @@ from nextblock.evaluation.neighbours import expected_seconds
 from nextblock.evaluation.npz_files import KeptStatistics, require_same_features, write_statistics
 from nextblock.jobs.fid_report import Judged, SetReport, bars, notes_on
 from nextblock.jobs.output import require_some, tell_bad, written_whole
-from nextblock.training.run_folder import environment
+from nextblock.training.run_record import environment
 
 SIDES = ("samples", "reference")
 TOLD_FROM_S = 60  # what takes longer is told before it begins

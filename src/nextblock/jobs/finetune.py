@@ -29,7 +29,7 @@ from nextblock.jobs.starting import new_folder
 from nextblock.recipes.config import typed_section
 from nextblock.training.launch import launch, pick_device
 from nextblock.training.launcher import is_first
-from nextblock.training.run_folder import read_config, require_free, require_job
+from nextblock.training.run_record import read_config, require_free, require_job
 
 # What may differ when a run goes on. Not the passes of a step: BatchNorm and mixing see a whole forward pass.
 FREE_ON_RESUME = {

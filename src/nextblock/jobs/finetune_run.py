@@ -33,7 +33,8 @@ from nextblock.training.launch import Fabric
 from nextblock.training.loop import Loss, Update, clipped_update
 from nextblock.training.optimizer import SteadyBuffers, layer_decay_groups, make_optimizer
 from nextblock.training.plan import Plan
-from nextblock.training.run_folder import COLUMNS, read_environment, read_json, to_json, write_text
+from nextblock.training.run_folder import COLUMNS
+from nextblock.training.run_record import read_environment, read_json, to_json, write_text
 from nextblock.xtra.classifier import Classifier
 from nextblock.xtra.config import XTRAConfig
 

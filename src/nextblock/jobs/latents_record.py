@@ -27,7 +27,7 @@ from nextblock.jobs.images_record import (
 )
 from nextblock.jobs.record import where
 from nextblock.jobs.share import Units
-from nextblock.training.run_folder import claim_folder
+from nextblock.training.run_record import claim_folder
 from nextblock.vae import Autoencoder, same_vae
 
 CROP = "adm_center"

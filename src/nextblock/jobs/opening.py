@@ -12,7 +12,7 @@ from nextblock.errors import CheckpointError, ConfigError, RunError, nearest
 from nextblock.recipes.config import DataConfig, typed
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.launch import pick_device
-from nextblock.training.run_folder import job_of, read_config
+from nextblock.training.run_record import job_of, read_config
 from nextblock.xar.model import XAR
 from nextblock.xtra.classifier import Classifier
 from nextblock.xtra.heads import AttentiveHeads, LinearHeads

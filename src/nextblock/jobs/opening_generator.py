@@ -16,7 +16,7 @@ from nextblock.jobs.opening import take_weights, weights_in
 from nextblock.recipes.generator import typed_generator
 from nextblock.training.checkpoint import newest_checkpoint
 from nextblock.training.launch import pick_device
-from nextblock.training.run_folder import JOBS, job_of, read_config, read_environment
+from nextblock.training.run_record import JOBS, job_of, read_config, read_environment
 from nextblock.vae import Autoencoder, Pixels, same_vae
 from nextblock.xar.model import XAR
 

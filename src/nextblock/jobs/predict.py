@@ -22,7 +22,7 @@ from nextblock.errors import CheckpointError
 from nextblock.evaluation.inference import device_of, inference
 from nextblock.jobs.opening import OpenedClassifier, one_or_many, open_classifier, require_positive
 from nextblock.jobs.output import new_file, plain, require_some, say, tell_bad, written_whole
-from nextblock.training.run_folder import read_config
+from nextblock.training.run_record import read_config
 
 SUFFIXES = (".csv",)
 TOP = 5

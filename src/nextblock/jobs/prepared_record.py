@@ -21,7 +21,7 @@ from nextblock.data.sources import Source
 from nextblock.errors import ConfigError
 from nextblock.jobs.images_record import images_record, is_whole, require_same_images, write_manifest_once
 from nextblock.jobs.record import where
-from nextblock.training.run_folder import claim_folder
+from nextblock.training.run_record import claim_folder
 
 FREE = ("data", "data_root", "max_bad_fraction")  # may change when preparing goes on
 

@@ -26,7 +26,7 @@ from nextblock.recipes.config import typed_section
 from nextblock.training.checkpoint import list_checkpoints
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import Fabric, launch
-from nextblock.training.run_folder import read_config, require_free, require_job
+from nextblock.training.run_record import read_config, require_free, require_job
 
 SECTIONS: dict[str, type] = {"probe": ProbeConfig, "segmentation": SegmentationConfig}
 

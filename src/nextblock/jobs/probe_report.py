@@ -22,7 +22,7 @@ from nextblock.figures.confusion import draw_confusion
 from nextblock.figures.probe import draw_layers, draw_learning_rates, draw_probe_curves
 from nextblock.jobs.output import plain, say
 from nextblock.jobs.probe_run import ProbeRun
-from nextblock.training.run_folder import read_json, to_json, write_text
+from nextblock.training.run_record import read_json, to_json, write_text
 from nextblock.xtra.classifier import Classifier
 
 METRICS = {"accuracy": "top1", "macro_f1": "macro_f1", "mean_per_class": "mean_per_class"}

@@ -47,7 +47,8 @@ from nextblock.training.launch import Fabric, processes_here
 from nextblock.training.loop import Intervals, Meters, run_state, train
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import RunFolder, environment, max_bad_images, read_environment, to_json, write_text
+from nextblock.training.run_folder import RunFolder, max_bad_images
+from nextblock.training.run_record import environment, read_environment, to_json, write_text
 from nextblock.training.signals import StopRequest
 from nextblock.xtra.classifier import layer_means
 

@@ -27,7 +27,7 @@ from nextblock.training.profile_numbers import loader_rate, memory_used
 from nextblock.training.profile_parts import Schedule
 from nextblock.training.profiling import StepProfiler
 from nextblock.training.replay import FOLDER as KEPT
-from nextblock.training.run_folder import claim_folder, to_json, write_text
+from nextblock.training.run_record import claim_folder, to_json, write_text
 
 PREFETCHED = 8  # batches for each worker beyond the last step, so that none is idle while the last steps are timed
 

@@ -28,7 +28,7 @@ from nextblock.training.layer_numbers import LayerNumbers, LayerWatch
 from nextblock.training.optimizer import gradient_norm
 from nextblock.training.plan import Plan
 from nextblock.training.replay import Kept, chosen, read_kept
-from nextblock.training.run_folder import environment, job_of, read_config, read_environment
+from nextblock.training.run_record import environment, job_of, read_config, read_environment
 
 ALONE = {"devices": 1, "nodes": 1, "compile": False}
 

@@ -28,7 +28,7 @@ from nextblock.training.launch import processes_here
 from nextblock.training.memory import GIB
 from nextblock.training.profile_numbers import Memory, phase_times, spread, waiting_share
 from nextblock.training.profile_parts import Schedule, StepTime
-from nextblock.training.run_folder import environment
+from nextblock.training.run_record import environment
 from nextblock.xtra.model import XTRA
 
 MEANING = {

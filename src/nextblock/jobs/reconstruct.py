@@ -16,7 +16,7 @@ from nextblock.evaluation.reconstruction import reconstruct as reconstructions
 from nextblock.figures.reconstruction import draw_contact_sheet, draw_image
 from nextblock.jobs.opening import one_or_many, open_model, require_positive, run_data
 from nextblock.jobs.output import require_some, say, tell_bad
-from nextblock.training.run_folder import claim_folder
+from nextblock.training.run_record import claim_folder
 
 
 def reconstruct(

@@ -22,7 +22,7 @@ from nextblock.errors import CheckpointError, RunError
 from nextblock.jobs.share import Share, Units
 from nextblock.training.checkpoint import newest_checkpoint, read_checkpoint
 from nextblock.training.launch import Fabric, on_first_process
-from nextblock.training.run_folder import claim_folder, remove_unborn
+from nextblock.training.run_record import claim_folder, remove_unborn
 
 SEEN_WITHIN_S = 60.0  # what the first process has written is seen by the others
 

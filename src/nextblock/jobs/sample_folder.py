@@ -27,7 +27,7 @@ from PIL import Image
 from nextblock.durable import flush_file, flush_folder
 from nextblock.errors import RunError
 from nextblock.jobs.output import written_whole
-from nextblock.training.run_folder import claim_folder, read_json, to_json, write_text
+from nextblock.training.run_record import claim_folder, read_json, to_json, write_text
 
 RECORD = "sample.json"
 WRITTEN_AT_ONCE = 8

@@ -26,7 +26,7 @@ from nextblock.jobs.sample_pictures import Frames, draw_sheet
 from nextblock.jobs.sample_progress import SampleProgress
 from nextblock.jobs.share import Share, Units, array_share
 from nextblock.training.launch import Fabric, on_first_process
-from nextblock.training.run_folder import environment
+from nextblock.training.run_record import environment
 from nextblock.training.signals import StopRequest, requeue
 
 Todo = dict[int, list[int]]  # batch -> the numbers of the images missing in it

@@ -22,7 +22,7 @@ from nextblock.jobs.segmentation_run import SegmentationRun
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import launch
 from nextblock.training.launcher import require_alone
-from nextblock.training.run_folder import claim_folder
+from nextblock.training.run_record import claim_folder
 
 LRS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 BATCH = 16

@@ -22,7 +22,7 @@ from nextblock.evaluation.segmentation import Scores, always, ceiling, class_cou
 from nextblock.figures.segmentation import draw_iou, draw_masks
 from nextblock.jobs.output import plain, say, written_whole
 from nextblock.jobs.segmentation_run import SegmentationRun
-from nextblock.training.run_folder import to_json, write_text
+from nextblock.training.run_record import to_json, write_text
 
 FLOOR, CEILING = "commonest class alone", "patches known exactly"
 

@@ -36,7 +36,8 @@ from nextblock.training.launch import Fabric
 from nextblock.training.loop import Intervals, train
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import RunFolder, environment, max_bad_images, to_json, write_text
+from nextblock.training.run_folder import RunFolder, max_bad_images
+from nextblock.training.run_record import environment, to_json, write_text
 from nextblock.xtra.classifier import layer_means
 
 if TYPE_CHECKING:

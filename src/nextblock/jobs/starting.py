@@ -14,7 +14,7 @@ from nextblock.data.sources import is_local
 from nextblock.errors import ConfigError
 from nextblock.recipes.config import Kind, differences, merge, preset_layer, read_recipe, to_values, typed_as
 from nextblock.training.launch import Fabric
-from nextblock.training.run_folder import read_config, require_job
+from nextblock.training.run_record import read_config, require_job
 
 Section = Mapping[str, Any] | None
 Config = TypeVar("Config")

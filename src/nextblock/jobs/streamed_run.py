@@ -21,7 +21,7 @@ from nextblock.jobs.run import Run, open_train
 from nextblock.jobs.training_run import Look
 from nextblock.recipes.config import PretrainConfig
 from nextblock.training.launch import Fabric
-from nextblock.training.run_folder import read_environment
+from nextblock.training.run_record import read_environment
 
 
 class StreamedRun(Run):

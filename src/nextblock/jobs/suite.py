@@ -23,7 +23,7 @@ from nextblock.jobs.probe_report import Probed, read_result
 from nextblock.jobs.share import Units, array_share
 from nextblock.training.agreement import require_alike
 from nextblock.training.launch import Fabric, on_first_process, one_ends_all
-from nextblock.training.run_folder import claim_folder, read_json, to_json, write_text
+from nextblock.training.run_record import claim_folder, read_json, to_json, write_text
 from nextblock.training.signals import requeue
 
 SIGNATURE = "suite.json"

@@ -24,7 +24,7 @@ from nextblock.jobs.training_run import Trained
 from nextblock.recipes.config import merge, preset_layer, read_recipe, recipe_names, to_yaml
 from nextblock.recipes.generator import GENERATOR, SECTIONS, GeneratorConfig, GeneratorDataConfig, typed_generator
 from nextblock.training.launch import launch
-from nextblock.training.run_folder import require_free
+from nextblock.training.run_record import require_free
 
 WATCHED = {f"watch.{name}" for name in ("every_epochs", "max_images", "pictures", "steps", "guidance", "solver", "vae")}
 

@@ -28,15 +28,8 @@ from nextblock.training.memory import require_room_for
 from nextblock.training.optimizer import make_optimizer
 from nextblock.training.plan import Plan
 from nextblock.training.progress import TrainingProgress
-from nextblock.training.run_folder import (
-    COLUMNS,
-    SAVES_TRIED,
-    RunFolder,
-    environment,
-    read_environment,
-    to_json,
-    write_text,
-)
+from nextblock.training.run_folder import COLUMNS, SAVES_TRIED, RunFolder
+from nextblock.training.run_record import environment, read_environment, to_json, write_text
 from nextblock.training.signals import StopRequest, requeue
 from nextblock.xar.layers import XARLayer
 

@@ -26,7 +26,7 @@ from nextblock.jobs.visualize_neighbours import UNRECORDED, find_neighbours, ope
 from nextblock.jobs.visualize_page import draw_page
 from nextblock.jobs.visualize_seen import numbers, see, told
 from nextblock.jobs.visualize_settings import MOST_IMAGES, Tokens, VisualizeSettings, checked_settings
-from nextblock.training.run_folder import claim_folder, to_json, write_text
+from nextblock.training.run_record import claim_folder, to_json, write_text
 
 # What colours are of. Not the size of the images: in two sizes the same colour shall mean the same.
 COLOURED = ("weights", "last_layers", "final_norm", "bidirectional")

@@ -19,7 +19,7 @@ from nextblock.data.sources import Source, open_source
 from nextblock.data.sources.streamed import StreamedImages, is_stream, open_streamed
 from nextblock.errors import ConfigError, in_plain_words, nearest
 from nextblock.training.config import TrainingConfig
-from nextblock.training.run_folder import NO_YAML
+from nextblock.training.run_record import NO_YAML
 from nextblock.xtra.config import PRESETS, XTRAConfig
 
 Config = TypeVar("Config")

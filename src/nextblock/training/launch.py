@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -93,8 +94,10 @@ def _own_processes(training: TrainingConfig, device: str) -> dict[str, Any]:
         )
     if other is not None and device == "cuda":
         devices = [other.local_rank % torch.cuda.device_count()]
-    # Otherwise Lightning would wait for all the tasks that a job of Slurm could have, and that nobody has started.
-    alone = LightningEnvironment() if other is not None or "SLURM_NTASKS" in os.environ else None
+    # Otherwise Lightning would wait for all the tasks that a job of Slurm could have, and that nobody has started; and
+    # advise srun wherever there is one.
+    slurm = "SLURM_NTASKS" in os.environ or shutil.which("srun") is not None
+    alone = LightningEnvironment() if other is not None or slurm else None
     return {"devices": devices, "num_nodes": training.nodes, "plugins": alone}
 
 
