@@ -126,7 +126,9 @@ def damage(count: int, seed: int, scratch: Path) -> dict[str, Tally]:
     tallies = {}
     for number, (name, make) in enumerate(SUBJECTS.items()):
         mine = count // len(SUBJECTS) + (number < count % len(SUBJECTS))
-        found = damaged_at_random(make(scratch / name.replace(" ", "-")), mine, random.Random(seed + number))
+        folder = scratch / name.replace(" ", "-")
+        folder.mkdir(parents=True)
+        found = damaged_at_random(make(folder), mine, random.Random(seed + number))
         tallies[f"damage: {name}"] = Tally(found.tries, failures=found.failures)
         print(f"{name}: {mine} damaged, {len(found.failures)} not noticed", flush=True)
     return tallies

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bit_flips import SUBJECTS, Subject, damaged_at_random
+from full import damage
 
 TRIES = 15
 
@@ -35,3 +36,9 @@ def test_damage_that_nobody_notices_is_found(tmp_path: Path) -> None:
     found = damaged_at_random(Subject([file], lambda: file.read_bytes().hex()), 5, random.Random(0))
     assert len(found.failures) == 5
     assert "not noticed: other content" in found.failures[0]
+
+
+def test_the_full_report_tries_each_subject(tmp_path: Path) -> None:
+    tallies = damage(len(SUBJECTS), 0, tmp_path / "scratch")
+    assert list(tallies) == [f"damage: {name}" for name in SUBJECTS]
+    assert all(not tally.failures and tally.tries.total() == 1 for tally in tallies.values())
