@@ -170,6 +170,15 @@ def test_a_damaged_header_is_told(folder: Path, word: bytes) -> None:
         open_latents(folder)
 
 
+def test_a_header_that_reaches_beyond_the_file_is_told(folder: Path) -> None:
+    path = folder / "shard-00001.safetensors"
+    path.write_bytes(
+        b"\x00\x10" + path.read_bytes()[2:]
+    )  # of 4,096 bytes, as long as a page of memory and more than all
+    with pytest.raises(DataError, match=r"shard-00001.* is damaged: its header cannot be read"):
+        open_latents(folder)
+
+
 @pytest.mark.parametrize(("classes", "label"), [(["cat"], 1), (["cat", "dog"], 2), (["cat", "dog"], -2), (None, -2)])
 def test_labels_lie_within_the_classes(folder: Path, classes: list[str] | None, label: int) -> None:
     labels, about = np.array([0, label, -1], dtype=np.int64), About.read(folder)

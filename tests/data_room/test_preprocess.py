@@ -70,6 +70,7 @@ def test_defaults_are_filled_in_and_recorded() -> None:
         ({"size_px": [8]}, "size_px"),
         ({"size_px": [8, 0]}, "size_px"),
         ({"size_px": [8, 8], "channels": 0}, "channels"),
+        ({"size_px": [8, 8], "channels": 10**9}, "channels must lie between 1 and 65,536"),
         ({"size_px": [8, 8], "resize_px": 0}, "resize_px"),
         ({"size_px": [8, 8], "mean": [0.5]}, "mean must have one value for each of the 3"),
         ({"size_px": [8, 8], "std": [0.5, 0.0, 1]}, "std must be positive"),

@@ -40,6 +40,11 @@ def test_every_process_needs_an_image() -> None:
         plan(batch_size=3, world=4)
 
 
+def test_no_more_steps_than_can_be_numbered() -> None:
+    with pytest.raises(ConfigError, match=r"training.epochs 9e\+307 of 2 images are more than 1e\+15 steps"):
+        Plan(2, TrainingConfig(epochs=9e307))
+
+
 def test_learning_rate() -> None:
     p = plan(warmup_start=0.1, final=0.001)
     assert p.lr(0) == pytest.approx(0.1)

@@ -20,6 +20,7 @@ from nextblock.data.augment import resize_and_crop
 from nextblock.data.decode import decode
 from nextblock.errors import ConfigError, nearest
 
+MOST_CHANNELS = 65_536  # each has a mean and a deviation
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -54,8 +55,8 @@ class Preprocessing:
         object.__setattr__(self, "size_px", size)
         if self.resize_px is not None and self.resize_px < 1:
             raise ConfigError(f"resize_px must be at least 1, or None, got {self.resize_px}")
-        if self.channels < 1:
-            raise ConfigError(f"channels must be at least 1, got {self.channels}")
+        if not 1 <= self.channels <= MOST_CHANNELS:
+            raise ConfigError(f"channels must lie between 1 and {MOST_CHANNELS:,}; got {self.channels}")
         self._fill("mean", IMAGENET_MEAN)
         self._fill("std", IMAGENET_STD)
         if any(value <= 0 for value in self.std or ()):

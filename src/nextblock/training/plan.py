@@ -11,6 +11,7 @@ from nextblock.errors import ConfigError
 from nextblock.training.config import TrainingConfig
 
 MAX_WARMUP_FRACTION = 0.2
+MOST_STEPS = 1e15  # numbers of steps and positions stay exact
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Plan:
             raise ConfigError(
                 f"training.batch_size {self.config.batch_size} is smaller than the {self.world} processes; "
                 f"every process needs at least one image per step."
+            )
+        if self.config.epochs * self.length / self.config.batch_size > MOST_STEPS:
+            raise ConfigError(
+                f"training.epochs {self.config.epochs:g} of {self.length:,} images are more than {MOST_STEPS:.0e} steps."
             )
 
     @property

@@ -29,7 +29,14 @@ DTYPES: dict[str, tuple[str, type[np.generic]]] = {
     "U32": ("uint32", np.uint32), "U8": ("uint8", np.uint8),
 }  # fmt: skip
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged header leads to
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+)  # what a damaged header leads to
 
 
 @dataclass(frozen=True)
