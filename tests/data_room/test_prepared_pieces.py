@@ -14,7 +14,7 @@ from nextblock.data.prepared import pieces
 from nextblock.data.prepared.about import About
 from nextblock.data.prepared.encoding import Encoding
 from nextblock.data.prepared.making import Maker, write_about
-from nextblock.data.prepared.pieces import Image, bad_in_pieces, is_made, read_images, write_piece
+from nextblock.data.prepared.pieces import Image, bad_in_pieces, is_made, read_images, remove_pieces, write_piece
 from nextblock.data.sources import open_source
 from nextblock.data.stream import BadSample
 from nextblock.errors import DataError
@@ -136,3 +136,13 @@ def test_broken_images_of_a_recorded_shard_count_once(source: Any, tmp_path: Pat
 def test_a_list_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 images .* The last one: a: empty \(no list of them: No such file"):
         shard_folder.require_few_bad(tmp_path / "none", [("a", "empty", 0)], 0)
+
+
+def test_what_a_network_file_system_keeps_is_left_to_it(tmp_path: Path) -> None:
+    write_piece(tmp_path, range(3), [])
+    write_piece(tmp_path, range(3, 6), [])
+    (tmp_path / ".pieces" / ".nfs00000000012").write_bytes(b"")
+    remove_pieces(tmp_path, before=3)
+    assert {path.name.partition(".")[0] for path in files(tmp_path)} >= {"000000003-000000006"}
+    assert not list((tmp_path / ".pieces").glob("000000000-*"))
+    assert (tmp_path / ".pieces" / ".nfs00000000012").exists()

@@ -69,6 +69,17 @@ def go_on_with_late_eyes(seen_after_s: float, **arguments: Any) -> None:
     train(**arguments)
 
 
+def never_seen(**arguments: Any) -> None:
+    """`train`, where all but the first process see no folder of checkpoints."""
+    record.SEEN_WITHIN_S = 0.2
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        checkpoint_of_all = record.checkpoint_of_all
+        training_run.checkpoint_of_all = (  # type: ignore[attr-defined]
+            lambda fabric, folder, say: checkpoint_of_all(fabric, folder.with_name("elsewhere"), say)
+        )
+    train(**arguments)
+
+
 def _written_down(of: type[TrainingRun], file: Path) -> None:
     """The positions of every forward pass of this process go to the file, with its step."""
     make = of.loss

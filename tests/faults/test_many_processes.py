@@ -121,6 +121,8 @@ def test_all_continue_from_the_checkpoint_that_the_first_one_chose(
     arguments = {"kind": out.name, "sections": wanted(out.name, images), "out": str(out), "world": 2}
     with pytest.raises(AssertionError, match=r"process 1 cannot read what the first one read: .*step-0000000\d"):
         ranks.run("same_stream:go_on_with_late_eyes", 2, arguments | {"seen_after_s": 100.0})
+    with pytest.raises(AssertionError, match=r"process 1 cannot read what the first one read: .*elsewhere"):
+        ranks.run("same_stream:never_seen", 2, arguments)
     ranks.run("same_stream:go_on_with_late_eyes", 2, arguments | {"seen_after_s": 0.4})
     same(out, alone)
 

@@ -94,3 +94,21 @@ def test_a_process_that_was_killed_is_not_there(target: Path, other: Other) -> N
         other.process.wait()
         assert units.claim([3]) == [3]
     assert not list(target.parent.iterdir())
+
+
+def test_one_lock_by_whatever_name(target: Path, other: Other, tmp_path: Path) -> None:
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    assert other("enter") == "entered"
+    assert other("units.claim([0])") == "[0]"
+    with Units(tmp_path / "link", Share()) as units:
+        assert units.locks
+        assert units.claim([0]) == []
+
+
+def test_a_file_of_another_is_not_removed(target: Path) -> None:
+    file = target.with_name(f".{target.name}.lock")
+    file.write_text("mine")
+    with Units(target, Share()) as units:
+        assert units.claim([0]) == [0]
+    assert file.read_text() == "mine"

@@ -17,7 +17,7 @@ _NAME_BYTES = 240
 _sleep = time.sleep
 _PIECE_S = 1.0  # of a wait, between two signs
 LOOK_S = 1.0  # how often `working` looks, and may give a sign
-BUSY = 0.001  # the least part of one core that counts as work: a wait takes a tenth of that, a retry twice as much
+BUSY = 0.0003  # the least part of one core that counts as work: a wait takes a third, 100 KB a second twice as much
 
 
 class Heartbeats:

@@ -17,7 +17,7 @@ from nextblock.evaluation.probe_config import ProbeConfig
 from nextblock.jobs.opening import OpenedEncoder, open_encoder
 from nextblock.jobs.probe_report import Probed, finish, read_result, tell
 from nextblock.jobs.probe_run import ProbeRun, Target, plain
-from nextblock.jobs.record import alone_in, checkpoint_of_all, where
+from nextblock.jobs.record import OR_ANOTHER, alone_in, checkpoint_of_all, where
 from nextblock.jobs.segmentation import SegmentationConfig, is_segmentation, read_again, segment
 from nextblock.jobs.segmentation_report import Segmented
 from nextblock.jobs.share import array_share, require_named
@@ -139,7 +139,7 @@ def _start(
     target = Target(os.path.abspath(os.path.expanduser(run)), **where(dataset, test, data_root))
     made = ProbeRun(target, config, opened, data, fabric, console)
     made.describe()
-    with alone_in(fabric, folder):
+    with alone_in(fabric, folder, OR_ANOTHER):
         made.write_record(folder)
         return _trained(made, folder, None)
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,23 @@ from nextblock.data.named import data_root as data_root_of
 from nextblock.data.named import is_named
 from nextblock.data.sources import Source, explain_change, fingerprint, is_local, known_labels
 from nextblock.errors import CheckpointError, RunError
-from nextblock.jobs.share import Share, Units
+from nextblock.jobs.share import Share, units_of_first
 from nextblock.training.checkpoint import newest_checkpoint, read_checkpoint
-from nextblock.training.launch import Fabric, on_first_process
+from nextblock.training.launch import Fabric, on_first_process, one_ends_all
 from nextblock.training.run_record import claim_folder, remove_unborn
 
+OR_ANOTHER = ", or choose another --out"
 SEEN_WITHIN_S = 60.0  # what the first process has written is seen by the others
 
 
 def start_record(fabric: Fabric, folder: Path, write: Callable[[Path], None]) -> None:
     """Claim the folder and let the first process `write` what the run is, its `config.yaml` last.
 
-    What a start has left that ended before there was a config.yaml is removed: a launcher may try again.
-
     Raises RunError, on every process, when the folder holds something or cannot be written.
     """
     problem: RunError | None = None
     if fabric.is_global_zero:
         try:
-            remove_unborn(folder)
             again = f"Continue it with --resume {folder}, or choose" if (folder / "config.yaml").exists() else "Choose"
             claim_folder(folder, f"{again} another --out.")
             write(folder)
@@ -47,18 +45,25 @@ def start_record(fabric: Fabric, folder: Path, write: Callable[[Path], None]) ->
 
 
 @contextmanager
-def alone_in(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises RunError, on every process, while another job trains in it.
+def alone_in(fabric: Fabric, folder: Path, instead: str = "") -> Iterator[None]:
+    """Hold a run's folder. Raises RunError, on every process, while another job trains in it; `instead` is what else to
+    do then. What a start has left there that ended before its config.yaml is removed: a launcher may try again.
 
     The hold ends with the process, however it ends; two on different machines see each other where the file system
     has locks.
     """
     problem: RunError | None = None
-    with Units(folder, Share()) if fabric.is_global_zero else nullcontext() as units:
-        if units is not None and not units.claim([0]):
-            problem = RunError(f"another process trains in {folder}. Wait for it or end it, or choose another --out.")
+    with units_of_first(fabric, folder, Share()) as units:
+        try:
+            if units is not None and not units.claim([0]):
+                raise RunError(f"another process trains in {folder}. Wait for it, or end it{instead}.")
+            if units is not None and units.locks:
+                remove_unborn(folder)
+        except RunError as error:
+            problem = error
         on_first_process(fabric, problem)
-        yield
+        with one_ends_all(fabric, "The same command goes on with what is there."):
+            yield
 
 
 def checkpoint_of_all(fabric: Fabric, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -99,7 +104,8 @@ def _on_any_process(fabric: Fabric, problem: RunError | None) -> None:
 def _patiently_read(path: Path) -> dict[str, Any]:
     deadline = time.monotonic() + SEEN_WITHIN_S
     while not path.is_dir() and time.monotonic() < deadline:
-        os.listdir(path.parent)  # which makes a network file system look again
+        with suppress(OSError):  # not even the folder is seen
+            os.listdir(path.parent)  # which makes a network file system look again
         time.sleep(0.5)
     return read_checkpoint(path)
 

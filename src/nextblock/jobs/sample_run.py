@@ -7,7 +7,6 @@ import hashlib
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from nextblock.jobs.sample_folder import SampleFolder
 from nextblock.jobs.sample_images import ImageMaker
 from nextblock.jobs.sample_pictures import Frames, draw_sheet
 from nextblock.jobs.sample_progress import SampleProgress
-from nextblock.jobs.share import Share, Units, array_share
+from nextblock.jobs.share import Share, Units, array_share, units_of_first
 from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.run_record import environment
 from nextblock.training.signals import StopRequest, requeue
@@ -69,7 +68,7 @@ class SampleRun:
         """
         folder, share = SampleFolder(path, self.settings.n), array_share()
         # The processes of this launch know each other: one of them holds what is theirs.
-        with Units(folder.path, share) if self.fabric.is_global_zero else nullcontext() as units:
+        with units_of_first(self.fabric, folder.path, share) as units:
             return self._make(folder, share, units, npz, animated)
 
     def _make(self, folder: SampleFolder, share: Share, units: Units | None, npz: bool, animated: int) -> Sampled:

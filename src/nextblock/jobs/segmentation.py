@@ -22,7 +22,7 @@ from nextblock.jobs.segmentation_run import SegmentationRun
 from nextblock.training.config import TrainingConfig
 from nextblock.training.launch import launch
 from nextblock.training.launcher import require_alone
-from nextblock.training.run_record import claim_folder
+from nextblock.training.run_record import claim_folder, remove_unborn
 
 LRS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 BATCH = 16
@@ -103,6 +103,7 @@ def segment(
     require_accepted(given)
     folder = Path(out) if out is not None else Path("runs") / f"segmentation-{time.strftime('%Y%m%d-%H%M%S')}"
     new = not folder.exists()
+    remove_unborn(folder)
     claim_folder(folder)
     try:
         made = _prepared(run, dataset, test, config, given, options, console)

@@ -13,7 +13,7 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from types import TracebackType
 import torch
 
 from nextblock.errors import ConfigError, RunError
+from nextblock.training.launch import Fabric, on_first_process
 from nextblock.training.launcher import VARIABLE, launched
 from nextblock.training.signals import Stopped, requeue
 
@@ -142,7 +143,7 @@ class Units:
 
     def __init__(self, target: Path, share: Share) -> None:
         self.target, self.share = target, share
-        target = Path(os.path.abspath(target))
+        target = Path(os.path.realpath(target))  # by whatever name: one lock
         self._file = target.parent / f".{target.name}.lock"
         self._handle: int | None = None
 
@@ -161,9 +162,15 @@ class Units:
         if self._handle is None:
             return
         # One leaves at a time. Whoever is alone meanwhile opens the file or is at work, and so leaves later.
-        if self._waited(_LEAVING, _LEAVE_S) and self._locked(_ALONE) and self._locked(_HERE):
+        last = self._waited(_LEAVING, _LEAVE_S) and self._locked(_ALONE) and self._locked(_HERE)
+        if last and self._handle is not None and not os.fstat(self._handle).st_size:  # another's file is not empty
             self._file.unlink(missing_ok=True)
         self._close()
+
+    @property
+    def locks(self) -> bool:
+        """Whether others would be noticed: the file system has locks."""
+        return self._handle is not None
 
     def claim(self, units: Iterable[int]) -> list[int]:
         """Those of this share that no other process is at; they are this one's from now on."""
@@ -255,3 +262,19 @@ class Units:
                 f"{self._file} cannot be locked ({error.strerror or error}), which several processes at one job need. "
                 f"Choose an --out on another file system, or one process ({VARIABLE}=all)."
             ) from error
+
+
+@contextmanager
+def units_of_first(fabric: Fabric, target: Path, share: Share) -> Iterator[Units | None]:
+    """`Units` on the first process of a run, which holds what is theirs; None on the others. Raises on all what it
+    raises."""
+    problem: RunError | None = None
+    units: Units | None = None
+    with ExitStack() as held:
+        if fabric.is_global_zero:
+            try:
+                units = held.enter_context(Units(target, share))
+            except RunError as error:
+                problem = error
+        on_first_process(fabric, problem)
+        yield units

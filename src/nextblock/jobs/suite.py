@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from nextblock.errors import ConfigError, DataError, RunError, nearest
 from nextblock.figures.suite import draw_suite
 from nextblock.jobs.output import say
 from nextblock.jobs.probe_report import Probed, read_result
-from nextblock.jobs.share import Units, array_share
+from nextblock.jobs.share import Units, array_share, units_of_first
 from nextblock.training.agreement import require_alike
 from nextblock.training.launch import Fabric, on_first_process, one_ends_all
 from nextblock.training.run_record import claim_folder, read_json, to_json, write_text
@@ -71,7 +70,7 @@ def run_suite(
             f"None of the {len(names)} data sets of {suite} is in {data_root(root)}. `nextblock datasets` says how to "
             "get each; --data_root names their folder."
         )
-    with Units(folder, array_share()) if fabric.is_global_zero else nullcontext() as units:
+    with units_of_first(fabric, folder, array_share()) as units:
         mine = _begin(folder, signature, here, fabric, units)
         say(console, f"{len(here)} of the {len(names)} data sets of {suite} are here: {', '.join(here)}")
         if len(mine) < len(here):

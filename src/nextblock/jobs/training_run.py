@@ -17,7 +17,7 @@ from torch import nn
 from nextblock.data.loading import default_workers, training_batches
 from nextblock.errors import DataError, RunError
 from nextblock.jobs.kept_batch import keep_batch
-from nextblock.jobs.record import alone_in, checkpoint_of_all, header, start_record
+from nextblock.jobs.record import OR_ANOTHER, alone_in, checkpoint_of_all, header, start_record
 from nextblock.layers.transformer import TransformerLayer
 from nextblock.recipes.config import to_yaml
 from nextblock.training.activation_checkpointing import checkpoint_layers
@@ -252,7 +252,7 @@ class TrainingRun(ABC):
 
     def begin(self, folder: Path) -> Trained:
         """Start the run in `folder`, new or empty."""
-        with alone_in(self.fabric, folder):
+        with alone_in(self.fabric, folder, OR_ANOTHER):
             self.write_record(folder)
             return self.train(folder)
 

@@ -256,6 +256,16 @@ def agreed(fabric: Fabric, good: Tensor) -> Tensor:
     return good if fabric.world_size == 1 else _reduced(fabric, good.float()) == 1.0
 
 
+def _host_group() -> Any:
+    try:
+        return dist.new_group(backend="gloo")
+    except RuntimeError as error:
+        raise RunError(
+            f"the machines of this run cannot exchange messages: {error}. Name the network interface that they share, "
+            "as in GLOO_SOCKET_IFNAME=eth0."
+        ) from error
+
+
 class _TogetherStop:
     """Whether any process was asked to stop: called at every step with what this one was asked, the same on all.
 
@@ -264,7 +274,7 @@ class _TogetherStop:
     """
 
     def __init__(self, fabric: Fabric) -> None:
-        self._hosts = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
+        self._hosts = _host_group() if fabric.world_size > 1 else None
         self._asked = torch.zeros((), dtype=torch.int32)
         self._exchange: Any = None
 

@@ -37,7 +37,8 @@ class Plan:
             )
         if self.config.epochs * self.length / self.config.batch_size > MOST_STEPS:
             raise ConfigError(
-                f"training.epochs {self.config.epochs:g} of {self.length:,} images are more than {MOST_STEPS:.0e} steps."
+                f"training.epochs {self.config.epochs:g} of {self.length:,} images are more than {MOST_STEPS:.0e} "
+                "steps."
             )
 
     @property

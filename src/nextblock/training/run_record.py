@@ -129,6 +129,13 @@ def is_unborn(path: Path) -> bool:
     was written, and with no checkpoint of any step."""
     if (path / "config.yaml").exists() or not (path / "environment.json").is_file():
         return False
+    try:
+        ours = read_environment(path, "packages")
+        rows = (path / "metrics.csv").read_text().count("\n") if (path / "metrics.csv").exists() else 0
+    except (RunError, OSError, ValueError):
+        return False
+    if "torch_threads" not in ours or rows > 1:
+        return False
     steps = [each for each in (path / "checkpoints").glob("*") if not each.name.startswith(".partial-")]
     begun = all(each.name in _OF_A_START or _is_partial(each) for each in path.iterdir())
     return begun and all(each.name == "step-00000000" for each in steps)
@@ -174,8 +181,10 @@ def _instead_of_a_run(path: Path) -> str:
     names = (name for pattern in ("*", "*/*") for name in path.glob(pattern))
     if any(name.suffix.lower() in EXTENSIONS for name in islice(names, 1000)):
         return "is a folder of images, not a run"
-    if (path / "environment.json").is_file():
+    if is_unborn(path):
         return "was begun, but ended before its first checkpoint was saved: start the run again, with the same --out"
+    if (path / "checkpoints").is_dir():
+        return f"has lost its config.yaml. {_LOST_CONFIG}"
     return "holds no config.yaml, so it is not a run folder"
 
 

@@ -9,6 +9,7 @@ without.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from nextblock.durable import write_whole
 from nextblock.errors import DataError
 
 FOLDER = ".pieces"
+_NAME = re.compile(r"\.?\d+-(\d+)\.")
 IMAGES = 1024  # in a piece
 _FORMAT = 1
 
@@ -101,7 +103,8 @@ def remove_pieces(folder: Path, before: int | None = None) -> None:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return
     for file in (folder / FOLDER).glob("*"):
-        if int(file.name.lstrip(".").split(".")[0].split("-")[1]) <= before:
+        named = _NAME.match(file.name)  # not what a network file system keeps of a file that is still open
+        if named and int(named[1]) <= before:
             file.unlink(missing_ok=True)
 
 
