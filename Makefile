@@ -1,7 +1,7 @@
 # make demo   see it work, four to five minutes
 # make test   everything that guards the project
 # make bench  speed beside the plain path, on the CPU (about 15 minutes); make bench-gpu: on a GPU
-# make faults 200 kills, 1,000 damaged files, 10,000 damaged images, soak, long fuzzing (about an hour)
+# make faults 200 kills, 1,000 damaged files, 10,000 damaged images, soak, long fuzzing (about half an hour)
 # make check  lint, types and import floors only
 PYTHON ?= python3
 VENV := .venv

@@ -22,7 +22,7 @@ from nextblock.errors import CheckpointError, RunError
 from nextblock.jobs.share import Share, units_of_first
 from nextblock.training.checkpoint import newest_checkpoint, read_checkpoint
 from nextblock.training.launch import Fabric, on_first_process, one_ends_all
-from nextblock.training.run_record import claim_folder, remove_unborn
+from nextblock.training.run_record import claim_folder, remove_unborn, resume_or_another
 
 OR_ANOTHER = ", or choose another --out"
 SEEN_WITHIN_S = 60.0  # what the first process has written is seen by the others
@@ -36,8 +36,7 @@ def start_record(fabric: Fabric, folder: Path, write: Callable[[Path], None]) ->
     problem: RunError | None = None
     if fabric.is_global_zero:
         try:
-            again = f"Continue it with --resume {folder}, or choose" if (folder / "config.yaml").exists() else "Choose"
-            claim_folder(folder, f"{again} another --out.")
+            claim_folder(folder, resume_or_another(folder))
             write(folder)
         except RunError as error:
             problem = error

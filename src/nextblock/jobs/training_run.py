@@ -204,7 +204,7 @@ class TrainingRun(ABC):
 
     def tell_threads(self, stored: Mapping[str, Any]) -> None:
         """Say so when a resumed run will agree to rounding only. `stored` is environment.json."""
-        before, now = stored["torch_threads"], torch.get_num_threads()
+        before, now = stored.get("torch_threads"), torch.get_num_threads()
         if before != now:
             self.say(f"{now} threads now, {before} when the run began: equal to rounding, not to the bit.")
 

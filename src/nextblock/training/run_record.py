@@ -97,8 +97,13 @@ def _commit() -> str | None:
 def require_free(path: Path) -> None:
     """Raise RunError when the folder holds something: `claim_folder` would, but after the work of reading data."""
     if path.is_dir() and any(path.iterdir()) and not is_unborn(path):
-        again = f"Continue it with --resume {path}, or choose" if (path / "config.yaml").exists() else "Choose"
-        raise RunError(f"{path} is not empty, and nothing is ever overwritten. {again} another --out.")
+        raise RunError(f"{path} is not empty, and nothing is ever overwritten. {resume_or_another(path)}")
+
+
+def resume_or_another(path: Path) -> str:
+    """What to do about a folder that holds something: it may be a run."""
+    again = f"Continue it with --resume {path}, or choose" if (path / "config.yaml").exists() else "Choose"
+    return f"{again} another --out."
 
 
 def claim_folder(path: Path, advice: str = "Choose another --out.") -> None:
